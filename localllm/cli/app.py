@@ -1,0 +1,90 @@
+"""The `localllm` command: its subcommands, and the one place where an error becomes words and an exit code.
+
+Command modules are light and import what they need inside their functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from localllm import __version__
+from localllm.cli import config
+from localllm.cli.bench import bench
+from localllm.cli.run import run
+from localllm.errors import LocalLLMError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="localllm",
+    help="Run language models on your own machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"localllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Run language models on your own machine."""
+
+
+app.command(rich_help_panel="Models")(run)
+app.command(rich_help_panel="Models")(bench)
+app.add_typer(config.app, name="config", rich_help_panel="Settings")
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A model may write what the terminal's encoding lacks; a question mark is better than a crash.
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    code: str | int | None = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except LocalLLMError as error:
+        _complain(error.message, error.hint)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 1
+    except Exception as error:
+        if os.environ.get("LOCALLLM_DEBUG"):
+            raise
+        what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        _complain(f"unexpected: {what}", "this is a bug; LOCALLLM_DEBUG=1 shows where it happened")
+        code = 1
+    _end(code)
+
+
+def _complain(message: str, hint: str) -> None:
+    with suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
+
+
+def _end(code: str | int | None) -> None:
+    """Exit; a reader that has gone (`localllm … | head`) is no error, and must not become one while flushing."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
