@@ -1,0 +1,174 @@
+"""llama.cpp's library, loaded once: its log, its devices, its build.
+
+Importing this module loads the shared libraries, so only the process that decodes imports it.
+ggml's own functions are bound through libllama's handle: opening libggml by path would create a
+second registry without devices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp import llama_cpp as api
+
+logger = logging.getLogger("localllm.llama")
+
+logger.addHandler(logging.NullHandler())
+
+# llama.cpp's info is a developer's debug
+_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+_ERROR, _CONTINUE = 4, 5
+
+raw: Any = api._lib  # pyright: ignore[reportPrivateUsage]
+"""libllama's ctypes handle, for symbols that the bindings leave out."""
+
+
+class _Log:
+    """Joins the fragments that llama.cpp logs into lines and keeps the last errors for exceptions."""
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+        self.errors: list[str] = []
+        self.lock = threading.Lock()
+
+    def write(self, level: int, text: bytes) -> None:
+        state = self.local
+        if level == _CONTINUE:
+            level = getattr(state, "level", 1)
+        state.level = level
+        line = getattr(state, "line", "") + text.decode("utf-8", "replace")
+        if not line.endswith("\n"):
+            state.line = line
+            return
+        state.line = ""
+        line = line.rstrip()
+        # progress dots and blank lines say nothing
+        if not line.strip("."):
+            return
+        if level == _ERROR:
+            with self.lock:
+                self.errors = [*self.errors[-7:], line]
+        logger.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
+
+
+_log = _Log()
+
+
+@api.llama_log_callback
+def _on_log(level: int, text: bytes, _: Any) -> None:
+    # an exception must not cross into C, and logging may fail during interpreter shutdown
+    try:
+        _log.write(level, text)
+    except Exception:
+        return
+
+
+api.llama_log_set(_on_log, ctypes.c_void_p(0))
+api.llama_backend_init()
+
+
+def take_errors() -> str:
+    """The errors that llama.cpp logged since the last call, joined; empty if none."""
+    with _log.lock:
+        errors, _log.errors = _log.errors, []
+    return "; ".join(dict.fromkeys(errors))
+
+
+_stderr_lock = threading.Lock()
+
+
+@contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Collect what C code prints to file descriptor 2: llama.cpp's grammar parser does not use its log."""
+    lines: list[str] = []
+    with _stderr_lock, tempfile.TemporaryFile() as sink:
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            sink.seek(0)
+            lines += sink.read().decode("utf-8", "replace").splitlines()
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One ggml device as llama.cpp sees it; `kind` is cpu, gpu, igpu, accel or meta, sizes in bytes."""
+
+    name: str
+    description: str
+    kind: str
+    free_bytes: int
+    total_bytes: int
+
+
+_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")
+
+
+def _handles() -> list[Any]:
+    # a Windows handle does not search its dependencies, but loading a DLL twice gives the same one
+    if sys.platform != "win32":
+        return [raw]
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    return [raw, *(ctypes.CDLL(str(p)) for p in (folder / "ggml.dll", folder / "ggml-base.dll") if p.exists())]
+
+
+_ggml = _handles()
+
+
+def _bind(name: str, result: Any, *arguments: Any) -> Any:
+    function = next(getattr(handle, name) for handle in _ggml if hasattr(handle, name))
+    function.restype = result
+    function.argtypes = arguments
+    return function
+
+
+_dev_count = _bind("ggml_backend_dev_count", ctypes.c_size_t)
+_dev_get = _bind("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+_dev_name = _bind("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
+_dev_description = _bind("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
+_dev_type = _bind("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
+_dev_memory = _bind("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t))
+
+
+def devices() -> list[Device]:
+    """Every device that this build can use, in llama.cpp's order."""
+    out: list[Device] = []
+    for i in range(_dev_count()):
+        dev = _dev_get(i)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        _dev_memory(dev, ctypes.byref(free), ctypes.byref(total))
+        kind = _dev_type(dev)
+        out.append(
+            Device(
+                name=_dev_name(dev).decode("utf-8", "replace"),
+                description=_dev_description(dev).decode("utf-8", "replace"),
+                kind=_KINDS[kind] if 0 <= kind < len(_KINDS) else "unknown",
+                free_bytes=free.value,
+                total_bytes=total.value,
+            )
+        )
+    return out
+
+
+def build() -> str:
+    """Version of the bindings and the CPU features and backends compiled in, as one stable line."""
+    info = (api.llama_print_system_info() or b"").decode("utf-8", "replace").strip()
+    return f"llama-cpp-python {llama_cpp.__version__} ({info})"
+
+
+def supports_gpu_offload() -> bool:
+    return bool(api.llama_supports_gpu_offload())

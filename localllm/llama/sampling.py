@@ -1,0 +1,181 @@
+"""Choosing the next token from a row of logits: llama-server's sampler chain and its grammar rule.
+
+The chain and its order are those of llama.cpp's common_sampler, so equal seeds and parameters give
+equal text. A grammar is checked after sampling and applied to the whole vocabulary only when the
+sampled token breaks it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as api
+
+from localllm.errors import EngineError, GrammarError, InvalidRequest
+from localllm.llama import lib
+from localllm.llama.context import Context
+from localllm.llama.model import Model
+from localllm.types import Sampling
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class Sampler:
+    """The sampling state of one sequence: random numbers, recent tokens, grammar position."""
+
+    def __init__(self, model: Model, sampling: Sampling, *, seed: int, grammar: str = "", triggers: tuple[str, ...] = ()) -> None:
+        """Build the chain; `triggers` (regular expressions) make the grammar wait until one matches.
+
+        Raises GrammarError for a grammar that llama.cpp does not accept and InvalidRequest for a
+        logit bias outside the vocabulary.
+        """
+        self.chain: Any = None
+        self.grammar: Any = None
+        self.seed = seed & 0xFFFFFFFF
+        self._n_vocab = model.n_vocab
+        self._memory = _memory(sampling)
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token < model.n_vocab:
+                raise InvalidRequest(f"logit_bias names token {token}, the vocabulary has {model.n_vocab}", hint="use ids below that")
+        if grammar:
+            self.grammar = _grammar(model, grammar, triggers)
+            self._ids = np.arange(model.n_vocab, dtype=np.int32)
+            self._candidates = np.zeros(model.n_vocab, _CANDIDATE)
+            self._single = api.llama_token_data(0, 1.0, 0.0)
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        if not chain:
+            raise EngineError("llama.cpp could not create a sampler")
+        self.chain = chain
+        for sampler in _links(model, sampling, self.seed):
+            api.llama_sampler_chain_add(chain, sampler)
+
+    def close(self) -> None:
+        for handle in (self.chain, self.grammar):
+            if handle is not None:
+                api.llama_sampler_free(handle)
+        self.chain = self.grammar = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def sample(self, context: Context, row: int) -> int:
+        """Choose the token after batch row `row` and remember it."""
+        if self.grammar is None:
+            return int(api.llama_sampler_sample(self.chain, context.handle, row))
+        logits = context.logits(row)
+        token = self._choose(logits, constrained=False)
+        if not self._allowed(token):
+            token = self._choose(logits, constrained=True)
+        api.llama_sampler_accept(self.grammar, token)
+        api.llama_sampler_accept(self.chain, token)
+        return token
+
+    def read_prompt(self, tokens: list[int]) -> None:
+        """Let the penalties see the prompt; the grammar does not."""
+        for token in tokens[-self._memory :] if self._memory else ():
+            api.llama_sampler_accept(self.chain, token)
+
+    def _choose(self, logits: npt.NDArray[np.float32], *, constrained: bool) -> int:
+        candidates = self._candidates
+        candidates["id"] = self._ids
+        candidates["logit"] = logits
+        candidates["p"] = 0
+        array = api.llama_token_data_array(
+            data=candidates.ctypes.data_as(api.llama_token_data_p), size=self._n_vocab, selected=-1, sorted=False
+        )
+        if constrained:
+            api.llama_sampler_apply(self.grammar, ctypes.byref(array))
+        api.llama_sampler_apply(self.chain, ctypes.byref(array))
+        if not 0 <= array.selected < array.size:
+            raise EngineError("the sampler chose no token", hint="loosen the sampling parameters")
+        choice = array.data[array.selected]
+        if constrained and choice.logit == -math.inf:
+            raise EngineError("the grammar allows no token here", hint="check the grammar")
+        return int(choice.id)
+
+    def _allowed(self, token: int) -> bool:
+        self._single.id, self._single.logit = token, 1.0
+        array = api.llama_token_data_array(data=ctypes.pointer(self._single), size=1, selected=-1, sorted=False)
+        api.llama_sampler_apply(self.grammar, ctypes.byref(array))
+        return self._single.logit != -math.inf
+
+
+def _links(model: Model, s: Sampling, seed: int) -> list[Any]:
+    """The samplers of the chain, in llama-server's order."""
+    links: list[Any] = []
+    n_suppressed = ctypes.c_int32(0)
+    suppressed = api.llama_vocab_get_suppress_tokens(model.vocab, ctypes.byref(n_suppressed))
+    bias = [*s.logit_bias, *((suppressed[i], -math.inf) for i in range(n_suppressed.value))]
+    if s.ignore_eos:
+        bias += [(token, -math.inf) for token in model.end_tokens]
+    if bias:
+        array = (api.llama_logit_bias * len(bias))(*(api.llama_logit_bias(t, b) for t, b in bias))
+        links.append(api.llama_sampler_init_logit_bias(model.n_vocab, len(bias), array))
+    if s.mirostat:
+        links.append(api.llama_sampler_init_temp(s.temperature))
+        if s.mirostat == 1:
+            links.append(api.llama_sampler_init_mirostat(model.n_vocab, seed, s.mirostat_tau, s.mirostat_eta, 100))
+        else:
+            links.append(api.llama_sampler_init_mirostat_v2(seed, s.mirostat_tau, s.mirostat_eta))
+        return links
+    breakers = [text.encode("utf-8", "replace") for text in s.dry_sequence_breakers]
+    keep = s.min_keep
+    links += [
+        api.llama_sampler_init_penalties(model.n_vocab, s.repeat_last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty),
+        api.llama_sampler_init_dry(
+            model.vocab,
+            s.dry_multiplier,
+            s.dry_base,
+            s.dry_allowed_length,
+            s.dry_penalty_last_n,
+            (ctypes.c_char_p * len(breakers))(*breakers),
+            len(breakers),
+        ),
+        api.llama_sampler_init_top_n_sigma(s.top_n_sigma),
+        api.llama_sampler_init_top_k(s.top_k),
+        api.llama_sampler_init_typical(s.typical_p, keep),
+        api.llama_sampler_init_top_p(s.top_p, keep),
+        api.llama_sampler_init_min_p(s.min_p, keep),
+        api.llama_sampler_init_xtc(s.xtc_probability, s.xtc_threshold, keep, seed),
+        api.llama_sampler_init_temp_ext(s.temperature, s.dynatemp_range, s.dynatemp_exponent),
+        api.llama_sampler_init_dist(seed),
+    ]
+    return links
+
+
+def _memory(s: Sampling) -> int:
+    """How many past tokens the chain looks at; a huge number for "all of them"."""
+    penalised = s.repeat_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+    windows = (s.repeat_last_n if penalised else 0, s.dry_penalty_last_n if s.dry_multiplier else 0)
+    return 1 << 30 if -1 in windows else max(windows)
+
+
+def _grammar(model: Model, text: str, triggers: tuple[str, ...]) -> Any:
+    """A llama.cpp grammar sampler; raises GrammarError with llama.cpp's own words."""
+    source = text.encode("utf-8", "replace")
+    with lib.captured_stderr() as said:
+        if triggers:
+            patterns = (ctypes.c_char_p * len(triggers))(*(t.encode() for t in triggers))
+            handle = api.llama_sampler_init_grammar_lazy_patterns(model.vocab, source, b"root", patterns, len(triggers), None, 0)
+        else:
+            handle = api.llama_sampler_init_grammar(model.vocab, source, b"root")
+    if not handle:
+        reason = next((line.partition("error parsing grammar: ")[2] or line for line in said if line.strip()), "it has no rule named root")
+        raise GrammarError(f"the grammar does not parse: {reason}", hint="see llama.cpp's guide to GBNF")
+    return handle
+
+
+def top_logprobs(logits: npt.NDArray[np.float32], token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
+    """Natural-log probability of `token` and of the `n` likeliest tokens, under the unmodified logits."""
+    peak = float(logits.max())
+    norm = peak + math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
+    if n <= 0:
+        return float(logits[token]) - norm, []
+    n = min(n, logits.size)
+    best = np.argpartition(logits, -n)[-n:]
+    best = best[np.argsort(-logits[best], kind="stable")]
+    return float(logits[token]) - norm, [(int(i), float(logits[i]) - norm) for i in best]
