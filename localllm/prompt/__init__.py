@@ -1,0 +1,1 @@
+"""Text in, text out: templates, output parsing, grammars. Knows nothing of llama.cpp or HTTP."""
