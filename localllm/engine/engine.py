@@ -1,0 +1,253 @@
+"""Engine: a model loaded in this process behind the `Backend` interface.
+
+It puts the parts together (model, context, cells, step loop, output thread) and owns their
+lifetimes; the work is theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from localllm.engine.config import EngineConfig
+from localllm.engine.kv import KVPool
+from localllm.engine.loop import StepLoop
+from localllm.engine.output import Output, Sink
+from localllm.engine.prepare import Preparer
+from localllm.engine.sequence import Job
+from localllm.engine.store import StateStore
+from localllm.errors import InvalidRequest, LocalLLMError
+from localllm.hardware import physical_cores
+from localllm.inbox import Inbox
+from localllm.llama import lib
+from localllm.llama.context import Context, ContextParams
+from localllm.llama.model import Model
+from localllm.types import Event, Failed, Message, Request
+
+OnProgress = Callable[[str, float], bool]
+"""Called with (stage, fraction); returning False aborts the load."""
+
+DEFAULT_CELLS = 8192
+RECURRENT_RESIDENTS = 4
+"""Each sequence of a recurrent model has a state of its own, so few are kept."""
+
+
+class Handle:
+    """A request in flight."""
+
+    def __init__(self, loop: StepLoop | None, job: Job | None) -> None:
+        self._loop = loop
+        self._job = job
+
+    def cancel(self) -> None:
+        """Stop at the next step; harmless when it is over."""
+        if self._loop is not None and self._job is not None:
+            self._loop.cancel(self._job)
+
+
+class Engine:
+    """One loaded model. Use `Engine.load`; `submit` from threads, `stream` from asyncio."""
+
+    def __init__(self, config: EngineConfig, model: Model, context: Context) -> None:
+        self.config = config
+        self.model = model
+        self.context = context
+        self.n_ctx = min(context.n_ctx, model.n_ctx_train or context.n_ctx)
+        """Tokens one sequence may have."""
+        self.preparer = Preparer(model, n_ctx=self.n_ctx, template=config.chat_template)
+        self.store = StateStore(
+            _state_key(config),
+            ram_bytes=config.cache_ram_bytes,
+            directory=Path(config.state_dir) if config.state_dir else None,
+            disk_bytes=config.state_disk_bytes,
+        )
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="localllm-save")
+        self.output = Output(self.store, self._saver)
+        self.pool = KVPool(context, self.store, n_swa=0 if config.swa_full else model.n_swa)
+        self.loop = StepLoop(
+            context,
+            self.pool,
+            n_running=config.n_seq,
+            n_ctx_seq=self.n_ctx,
+            step_target_ms=config.step_target_ms,
+            max_queue=config.max_queue,
+        )
+        self._closed = False
+
+    @classmethod
+    def load(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> Engine:
+        """Load the model and make its context; blocks.
+
+        Raises ModelError for an unusable file, DoesNotFit when memory is short, LoadAborted when
+        `on_progress` returns False.
+        """
+        progress = None if on_progress is None else (lambda fraction: on_progress("weights", fraction))
+        model = Model(config.model_path, n_gpu_layers=config.n_gpu_layers, load_mode=config.load_mode, progress=progress)
+        try:
+            if on_progress is not None:
+                on_progress("context", 0.0)
+            context = Context(model, _context_params(config, model))
+        except BaseException:
+            model.close()
+            raise
+        return cls(config, model, context)
+
+    def submit(self, request: Request, sink: Sink) -> Handle:
+        """Start `request`; `sink` gets lists of events on the output thread, ending with one Done or Failed.
+
+        Templates and tokenises on the calling thread; a request that is refused fails through the sink.
+        """
+        try:
+            self.store.load_session(request.session)
+            job = self.preparer.job(request, self.output, sink)
+        except LocalLLMError as error:
+            sink([Failed(error.to_json())])
+            return Handle(None, None)
+        self.loop.submit(job)
+        return Handle(self.loop, job)
+
+    @asynccontextmanager
+    async def stream(self, request: Request) -> AsyncGenerator[AsyncIterator[Event]]:
+        """Run `request` and iterate over its events; leaving the context cancels it."""
+        inbox = Inbox()
+        handle = await asyncio.to_thread(self.submit, request, inbox.push)
+        try:
+            yield inbox
+        finally:
+            handle.cancel()
+            inbox.close()
+
+    async def call(self, op: str, **args: Any) -> Any:
+        """tokenize, detokenize, template, count, props, slots or cache_clear."""
+        operation = _OPERATIONS.get(op)
+        if operation is None:
+            raise InvalidRequest(f"unknown operation {op!r}", hint=f"use one of {', '.join(_OPERATIONS)}")
+        try:
+            return await asyncio.to_thread(operation, self, **args)
+        except TypeError as error:
+            raise InvalidRequest(f"{op}: {error}", hint="check the argument names") from error
+
+    async def close(self) -> None:
+        """End requests, threads and free the model; safe to call twice."""
+        await asyncio.to_thread(self.shutdown)
+
+    def shutdown(self) -> None:
+        """`close` for callers without an event loop."""
+        if self._closed:
+            return
+        self._closed = True
+        self.loop.close()
+        self._saver.shutdown()
+        self.output.close()
+        self.context.close()
+        self.model.close()
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the loaded model, as plain data; sizes in bytes."""
+        model = self.model
+        return {
+            "model_path": model.path,
+            "name": model.metadata.get("general.name", os.path.basename(model.path)),
+            "description": model.description,
+            "architecture": model.metadata.get("general.architecture", ""),
+            "n_params": model.n_params,
+            "size_bytes": model.size_bytes,
+            "n_vocab": model.n_vocab,
+            "n_ctx_train": model.n_ctx_train,
+            "n_ctx": self.n_ctx,
+            "n_cells": self.context.n_ctx,
+            "n_seq": self.config.n_seq,
+            "n_threads": _threads(self.config),
+            "cut": self.pool.cut.value,
+            "build": lib.build(),
+            "devices": [device.name for device in lib.devices()],
+        }
+
+    # operations
+
+    def _tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def _detokenize(self, tokens: list[int]) -> str:
+        return b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")
+
+    def _template(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **extra: Any) -> str:
+        return str(self.preparer.render(_chat(messages, tools, extra)))
+
+    def _count(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **extra: Any) -> int:
+        return len(self.preparer.encode(_chat(messages, tools, extra)))
+
+    def _slots(self) -> dict[str, Any]:
+        loop, pool = self.loop, self.pool
+
+        def look() -> dict[str, Any]:
+            return {
+                "running": len(loop.running),
+                "waiting": len(loop.waiting),
+                "resident": pool.n_resident,
+                "cells_used": pool.used,
+                "cells_total": self.context.n_ctx,
+                "store_bytes": self.store.used_bytes,
+                "steps": loop.n_steps,
+            }
+
+        return loop.do(look).result()
+
+    def _cache_clear(self) -> None:
+        self.loop.do(self.pool.clear).result()
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "tokenize": Engine._tokenize,  # pyright: ignore[reportPrivateUsage]
+    "detokenize": Engine._detokenize,  # pyright: ignore[reportPrivateUsage]
+    "template": Engine._template,  # pyright: ignore[reportPrivateUsage]
+    "count": Engine._count,  # pyright: ignore[reportPrivateUsage]
+    "props": Engine.info,
+    "slots": Engine._slots,  # pyright: ignore[reportPrivateUsage]
+    "cache_clear": Engine._cache_clear,  # pyright: ignore[reportPrivateUsage]
+}
+
+
+def _chat(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, extra: dict[str, Any]) -> Request:
+    return Request(messages=tuple(Message(**m) for m in messages), tools=tuple(tools or ()), template_kwargs=extra)
+
+
+def _threads(config: EngineConfig) -> int:
+    return config.n_threads or physical_cores()
+
+
+def _context_params(config: EngineConfig, model: Model) -> ContextParams:
+    residents = min(config.n_resident, RECURRENT_RESIDENTS) if model.is_recurrent or model.is_hybrid else config.n_resident
+    trained = model.n_ctx_train or DEFAULT_CELLS
+    return ContextParams(
+        n_ctx=config.n_ctx or min(trained * config.n_seq, DEFAULT_CELLS),
+        n_seq=config.n_seq + residents,
+        n_batch=max(config.n_batch, config.n_seq + residents),
+        n_ubatch=config.n_ubatch,
+        n_outputs=config.n_seq * (config.n_draft + 1),
+        n_threads=_threads(config),
+        type_k=config.type_k,
+        type_v=config.type_v,
+        flash_attn=config.flash_attn,
+        swa_full=config.swa_full,
+    )
+
+
+def _state_key(config: EngineConfig) -> str:
+    """Names what a saved state depends on: the file's content, the KV types, the attention layout, the build."""
+    size = os.path.getsize(config.model_path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(config.model_path, "rb") as file:
+        # whole files take minutes: the header and a sample across the weights tell files apart
+        digest.update(file.read(1 << 20))
+        for i in range(64):
+            file.seek(size * i // 64)
+            digest.update(file.read(4096))
+    digest.update(f"{config.type_k} {config.type_v} {config.flash_attn} {config.swa_full} {lib.build()}".encode())
+    return digest.hexdigest()[:32]
