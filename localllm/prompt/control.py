@@ -159,4 +159,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:  # type: ignore[misc]
             yield from _strings(item)
-

@@ -122,8 +122,11 @@ class _Tidy:
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
     """Neighbouring pieces of the same thing as one."""
+    every = list(pieces)
+    if len(every) < 2:
+        return every
     out: list[Piece] = []
-    for piece in pieces:
+    for piece in every:
         last = out[-1] if out else None
         if isinstance(piece, Text) and isinstance(last, Text) and piece.channel == last.channel:
             out[-1] = Text(piece.channel, last.text + piece.text)

@@ -18,7 +18,7 @@ Wait = Generator[None, None, Any]
 """Yields None for more input."""
 
 _SPACE = " \t\r\n"
-_OUTSIDE_STRINGS = frozenset("{}[],:\"0123456789+-.eE truefalsnN\t\r\n") | frozenset("NaInity")
+_OUTSIDE_STRINGS = frozenset('{}[],:"0123456789+-.eE truefalsnN\t\r\n') | frozenset("NaInity")
 _CLOSES = {"}": "{", "]": "["}
 
 
@@ -70,16 +70,21 @@ class Source:
 
 
 @lru_cache(maxsize=64)
-def _compiled(marks: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str], int]:
+def _compiled(marks: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str], frozenset[str], int]:
+    """(finds a mark, first characters, proper prefixes, length of the longest)."""
     pattern = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
-    return pattern, frozenset(m[:n] for m in marks for n in range(1, len(m))), max(map(len, marks))
+    heads = frozenset(m[:n] for m in marks for n in range(1, len(m)))
+    return pattern, frozenset(m[0] for m in marks), heads, max(map(len, marks))
 
 
 def until(source: Source, *marks: str) -> Chunks:
     """Yield the text before the first of `marks` and read that mark; returns it, "" if the text ended first."""
-    pattern, heads, longest = _compiled(marks)
+    pattern, firsts, heads, longest = _compiled(marks)
     while True:
         ahead = source.ahead
+        if ahead and firsts.isdisjoint(ahead):  # the usual case, kept short
+            yield source.take(len(ahead))
+            ahead = ""
         if match := pattern.search(ahead):
             if match.start():
                 yield source.take(match.start())

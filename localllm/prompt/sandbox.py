@@ -29,9 +29,11 @@ from jinja2.visitor import NodeTransformer
 from localllm.prompt.meter import LimitExceeded, Limits, Meter
 
 _STRING_METHODS = frozenset(
-    "strip lstrip rstrip split rsplit splitlines partition rpartition startswith endswith find rfind index rindex count "
-    "lower upper title capitalize casefold swapcase removeprefix removesuffix replace join center ljust rjust zfill "
-    "isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper".split()
+    ("strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "partition", "rpartition", "removeprefix", "removesuffix")
+    + ("startswith", "endswith", "find", "rfind", "index", "rindex", "count", "replace", "join")
+    + ("lower", "upper", "title", "capitalize", "casefold", "swapcase", "center", "ljust", "rjust", "zfill")
+    + ("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric")
+    + ("isprintable", "isspace", "istitle", "isupper")
 )
 _DROPPED_FILTERS = ("pprint", "random", "urlize", "wordwrap", "xmlattr", "filesizeformat")
 _COUNTING_FILTERS = frozenset(("center", "truncate", "batch", "slice"))
@@ -156,7 +158,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
         return checked
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self = __self
         self.meter.tick()
         owner = getattr(__obj, "__self__", None)

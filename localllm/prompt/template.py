@@ -2,7 +2,8 @@
 
 Follows llama-server where it differs from transformers: `enable_thinking` is true unless given, `tools` is
 undefined rather than none where there are none, tool-call arguments become objects where the template wants
-them, a system message joins the first user message where X
+them and text where not, a system message joins the first user message where the template knows no such role,
+content parts become text where it wants text, tools it does not describe are described in the system message.
 """
 
 from __future__ import annotations
