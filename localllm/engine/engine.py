@@ -28,7 +28,7 @@ from localllm.inbox import Inbox
 from localllm.llama import lib
 from localllm.llama.context import Context, ContextParams
 from localllm.llama.model import Model
-from localllm.types import Event, Failed, Message, Request
+from localllm.types import Done, Event, Failed, Message, Request
 
 OnProgress = Callable[[str, float], bool]
 """Called with (stage, fraction); returning False aborts the load."""
@@ -79,6 +79,8 @@ class Engine:
             max_queue=config.max_queue,
         )
         self._closed = False
+        self._named: dict[str, Handle] = {}
+        """Requests in flight that have an id."""
 
     @classmethod
     def load(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> Engine:
@@ -87,11 +89,15 @@ class Engine:
         Raises ModelError for an unusable file, DoesNotFit when memory is short, LoadAborted when
         `on_progress` returns False.
         """
-        progress = None if on_progress is None else (lambda fraction: on_progress("weights", fraction))
-        model = Model(config.model_path, n_gpu_layers=config.n_gpu_layers, load_mode=config.load_mode, progress=progress)
+        tell: OnProgress = on_progress or (lambda stage, fraction: True)
+        model = Model(
+            config.model_path,
+            n_gpu_layers=config.n_gpu_layers,
+            load_mode=config.load_mode,
+            progress=lambda fraction: tell("weights", fraction),
+        )
         try:
-            if on_progress is not None:
-                on_progress("context", 0.0)
+            tell("context", 0.0)
             context = Context(model, _context_params(config, model))
         except BaseException:
             model.close()
@@ -103,14 +109,24 @@ class Engine:
 
         Templates and tokenises on the calling thread; a request that is refused fails through the sink.
         """
+        name = request.id
+
+        def watched(events: list[Event]) -> None:
+            if isinstance(events[-1], (Done, Failed)):
+                self._named.pop(name, None)
+            sink(events)
+
         try:
             self.store.load_session(request.session)
-            job = self.preparer.job(request, self.output, sink)
+            job = self.preparer.job(request, self.output, watched if name else sink)
         except LocalLLMError as error:
             sink([Failed(error.to_json())])
             return Handle(None, None)
+        handle = Handle(self.loop, job)
+        if name:
+            self._named[name] = handle
         self.loop.submit(job)
-        return Handle(self.loop, job)
+        return handle
 
     @asynccontextmanager
     async def stream(self, request: Request) -> AsyncGenerator[AsyncIterator[Event]]:
@@ -124,7 +140,7 @@ class Engine:
             inbox.close()
 
     async def call(self, op: str, **args: Any) -> Any:
-        """tokenize, detokenize, template, count, props, slots or cache_clear."""
+        """cancel, tokenize, detokenize, template, count, props, slots or cache_clear."""
         operation = _OPERATIONS.get(op)
         if operation is None:
             raise InvalidRequest(f"unknown operation {op!r}", hint=f"use one of {', '.join(_OPERATIONS)}")
@@ -171,6 +187,13 @@ class Engine:
 
     # operations
 
+    def _cancel(self, id: str) -> bool:
+        """Stop a request by its id; it still ends with Finish and Done. False when none of that id runs."""
+        handle = self._named.get(id)
+        if handle is not None:
+            handle.cancel()
+        return handle is not None
+
     def _tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
@@ -204,6 +227,7 @@ class Engine:
 
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
+    "cancel": Engine._cancel,  # pyright: ignore[reportPrivateUsage]
     "tokenize": Engine._tokenize,  # pyright: ignore[reportPrivateUsage]
     "detokenize": Engine._detokenize,  # pyright: ignore[reportPrivateUsage]
     "template": Engine._template,  # pyright: ignore[reportPrivateUsage]

@@ -87,11 +87,11 @@ class ChoiceText:
         """Let out what was held back, then say how the choice ended."""
         if self._stopped is None:
             self._feed(self._utf8.flush())
-            text, stop = self._stops.flush()
-            self._stopped = stop
+        if self._stopped is None:
+            text, self._stopped = self._stops.flush()
             self._parse(text)
-            if self._parser is not None:
-                self._take_pieces(self._parser.finish())
+        if self._parser is not None:
+            self._take_pieces(self._parser.finish())
         self._flush(ids=True)
         if self._call_ids and reason == "stop":
             reason = "tool_calls"

@@ -68,6 +68,7 @@ def share_rows(prompts: Iterable[Prompt], budget: int, rows_per_second: float = 
     Order: class, deadline, then fewest remaining tokens, where each second waited counts as the
     tokens that could have been computed in it.
     """
+
     def order(p: Prompt) -> tuple[int, float, float, int]:
         return (p.rank, p.deadline_s, p.remaining - p.waited_s * max(rows_per_second, 1.0), p.key)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llama_cpp import llama_cpp as api
 
 from localllm.errors import DoesNotFit, EngineError, InvalidRequest
 from localllm.llama import lib
+from localllm.llama.lib import api
 from localllm.llama.model import Model
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
@@ -187,5 +187,5 @@ class Context:
         return possible
 
 
-def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(kind))
+def _pointer(array: npt.NDArray[Any], kind: type[ctypes.c_int32 | ctypes.c_int8]) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from functools import cache
 from typing import Any
 
 import llama_cpp
@@ -20,16 +21,25 @@ clock = time.perf_counter
 
 
 class _Unending(llama_cpp.Llama):
-    """Goes on after an end token: the text gets another in its place, the model sees its own."""
+    """Goes on after an end token: the text gets a full stop in its place, the model sees its own.
+
+    So does a token that is no text by itself: the class's time for invalid UTF-8 grows without
+    bound, which says nothing about ordinary use.
+    """
 
     token_s: list[float]
     """When each token of the answer was there."""
-    stand_in: int
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None]:
         for token in super().generate(*args, **kwargs):
             self.token_s.append(clock())
-            yield self.stand_in if llama_cpp.llama_vocab_is_eog(self._model.vocab, token) else token
+            yield self._shown(token)
+
+    @cache  # noqa: B019  one instance lives as long as its process
+    def _shown(self, token: int) -> int:
+        ends = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+        broken = "\ufffd" in self.detokenize([token]).decode("utf-8", "replace")
+        return self.tokenize(b".", add_bos=False)[0] if ends or broken else token
 
 
 class HighLevel:
@@ -54,7 +64,6 @@ class HighLevel:
             )
         except ValueError as error:
             raise ModelError(f"llama_cpp.Llama cannot load it: {lib.take_errors() or error}", hint="leave out --compare") from error
-        self._llama.stand_in = self._llama.tokenize(b".", add_bos=False)[0]
 
     def complete(self, tokens: tuple[int, ...], n_gen: int, seed: int) -> tuple[float, list[float]]:
         """Stream a completion of exactly `n_gen` tokens, reusing nothing; returns when its stream ended and when each token was there."""

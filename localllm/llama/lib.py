@@ -13,14 +13,14 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from llama_cpp import llama_cpp as api
+import llama_cpp.llama_cpp
 
 logger = logging.getLogger("localllm.llama")
 
@@ -30,7 +30,10 @@ logger.addHandler(logging.NullHandler())
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _ERROR, _CONTINUE = 4, 5
 
-raw: Any = api._lib  # pyright: ignore[reportPrivateUsage]
+api: Any = llama_cpp.llama_cpp
+"""The bindings, untyped: their own annotations are partial and disagree with ctypes."""
+
+raw: Any = api._lib
 """libllama's ctypes handle, for symbols that the bindings leave out."""
 
 
@@ -89,7 +92,7 @@ _stderr_lock = threading.Lock()
 
 
 @contextmanager
-def captured_stderr() -> Iterator[list[str]]:
+def captured_stderr() -> Generator[list[str]]:
     """Collect what C code prints to file descriptor 2: llama.cpp's grammar parser does not use its log."""
     lines: list[str] = []
     with _stderr_lock, tempfile.TemporaryFile() as sink:
@@ -151,7 +154,7 @@ def devices() -> list[Device]:
         dev = _dev_get(i)
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         _dev_memory(dev, ctypes.byref(free), ctypes.byref(total))
-        kind = _dev_type(dev)
+        kind = int(_dev_type(dev))
         out.append(
             Device(
                 name=_dev_name(dev).decode("utf-8", "replace"),

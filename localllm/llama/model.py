@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable
 from functools import cached_property
 
-from llama_cpp import llama_cpp as api
-
 from localllm.errors import EngineError, InvalidRequest, ModelError
 from localllm.llama import lib
+from localllm.llama.lib import api
 
 Progress = Callable[[float], bool]
 """Called with the loaded fraction; returning False aborts the load."""

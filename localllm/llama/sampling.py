@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llama_cpp import llama_cpp as api
 
 from localllm.errors import EngineError, GrammarError, InvalidRequest
 from localllm.llama import lib
 from localllm.llama.context import Context
+from localllm.llama.lib import api
 from localllm.llama.model import Model
 from localllm.types import Sampling
 

@@ -46,10 +46,10 @@ class Recorder:
         self.prefills.append(done)
         self.on_prefill(done)
 
-    def token(self, sequence: Sequence, token: int, logprob: TokenScore | None) -> None:
+    def token(self, sequence: Sequence, token: int, score: TokenScore | None) -> None:
         self.tokens.setdefault(sequence.index, []).append(token)
-        if logprob is not None:
-            self.scores.append(logprob)
+        if score is not None:
+            self.scores.append(score)
         self.on_token(len(self.tokens[sequence.index]))
 
     def finished(self, sequence: Sequence, reason: FinishReason) -> None:

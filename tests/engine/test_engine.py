@@ -101,7 +101,12 @@ async def test_logprobs_come_with_their_tokens(engine: Engine) -> None:
 
 
 async def test_a_json_schema_holds(engine: Engine) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 5, "maximum": 7}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 5, "maximum": 7}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     for seed in range(5):
         sampling = Sampling(temperature=1.5, seed=seed, json_schema=schema, max_tokens=40)
         value = json.loads(text(await collect(engine, Request(messages=CAPITAL, sampling=sampling))))
@@ -175,7 +180,28 @@ async def test_leaving_the_stream_cancels(engine: Engine) -> None:
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("template", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ raise_exception('no') }}", "{{ 1/0 }}", "{% if %}"])
+async def test_a_request_is_cancelled_by_its_id_and_still_reports(engine: Engine) -> None:
+    request = Request(messages=CAPITAL, sampling=Sampling(ignore_eos=True, temperature=0), context_shift=True, id="mine")
+    last: Event | None = None
+    async with engine.stream(request) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                await engine.call("cancel", id="mine")
+            last = event
+    assert isinstance(last, Done)
+    assert last.timings.predicted_n > 0
+    assert not await engine.call("cancel", id="mine")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{{ 1/0 }}",
+        "{% if %}",
+    ],
+)
 async def test_a_bad_template_fails_the_chat_and_nothing_else(template: str, demo_small: Path) -> None:
     engine = Engine.load(EngineConfig(str(demo_small), chat_template=template, n_threads=1))
     try:

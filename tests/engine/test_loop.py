@@ -42,7 +42,9 @@ def test_the_same_seed_gives_the_same_text_alone_and_beside_seven_others(bench: 
 def test_a_second_turn_prefills_only_the_new_text(bench: Bench) -> None:
     first = bench.chat("What is the capital of France?")
     answer = bench.run(first).tokens[0]
-    second = first + answer + bench.model.tokenize("\n<|im_start|>user\nAnd of Italy?<|im_end|>\n<|im_start|>assistant\n", parse_special=True)
+    second = (
+        first + answer + bench.model.tokenize("\n<|im_start|>user\nAnd of Italy?<|im_end|>\n<|im_start|>assistant\n", parse_special=True)
+    )
     timings = bench.run(second).timings
     # all but the end token, which is sampled and never decoded
     assert timings.cache_n == len(first) + len(answer) - 1
