@@ -21,6 +21,8 @@ from localllm.llama.lib import api
 from localllm.llama.model import Model
 from localllm.types import Sampling
 
+LARGEST_WINDOW = 1 << 17
+"""Past tokens a penalty may look at, where the model names no context length."""
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -35,9 +37,10 @@ class Sampler:
         """
         self.chain: Any = None
         self.grammar: Any = None
-        self.seed = seed & 0xFFFFFFFF
+        # to llama.cpp the largest 32-bit number means a random seed
+        self.seed = seed % 0xFFFFFFFF
         self._n_vocab = model.n_vocab
-        self._memory = _memory(sampling)
+        self._memory = _memory(model, sampling)
         for token, _ in sampling.logit_bias:
             if not 0 <= token < model.n_vocab:
                 raise InvalidRequest(f"logit_bias names token {token}, the vocabulary has {model.n_vocab}", hint="use ids below that")
@@ -70,6 +73,9 @@ class Sampler:
         token = self._choose(logits, constrained=False)
         if not self._allowed(token):
             token = self._choose(logits, constrained=True)
+            # a bias or a penalty can lift what the grammar forbids, and accepting that would abort the process
+            if not self._allowed(token):
+                raise EngineError("the grammar allows no token here", hint="check the grammar, logit_bias and penalties")
         api.llama_sampler_accept(self.grammar, token)
         api.llama_sampler_accept(self.chain, token)
         return token
@@ -92,10 +98,7 @@ class Sampler:
         api.llama_sampler_apply(self.chain, ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             raise EngineError("the sampler chose no token", hint="loosen the sampling parameters")
-        choice = array.data[array.selected]
-        if constrained and choice.logit == -math.inf:
-            raise EngineError("the grammar allows no token here", hint="check the grammar")
-        return int(choice.id)
+        return int(array.data[array.selected].id)
 
     def _allowed(self, token: int) -> bool:
         self._single.id, self._single.logit = token, 1.0
@@ -125,13 +128,15 @@ def _links(model: Model, s: Sampling, seed: int) -> list[Any]:
     breakers = [text.encode("utf-8", "replace") for text in s.dry_sequence_breakers]
     keep = s.min_keep
     links += [
-        api.llama_sampler_init_penalties(model.n_vocab, s.repeat_last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty),
+        api.llama_sampler_init_penalties(
+            model.n_vocab, _window(model, s.repeat_last_n), s.repeat_penalty, s.frequency_penalty, s.presence_penalty
+        ),
         api.llama_sampler_init_dry(
             model.vocab,
             s.dry_multiplier,
             s.dry_base,
             s.dry_allowed_length,
-            s.dry_penalty_last_n,
+            _window(model, s.dry_penalty_last_n),
             (ctypes.c_char_p * len(breakers))(*breakers),
             len(breakers),
         ),
@@ -147,11 +152,16 @@ def _links(model: Model, s: Sampling, seed: int) -> list[Any]:
     return links
 
 
-def _memory(s: Sampling) -> int:
-    """How many past tokens the chain looks at; a huge number for "all of them"."""
+def _window(model: Model, n: int) -> int:
+    """How many past tokens `n` means: -1 is the whole context. llama.cpp takes -1 for none and allocates what it is told."""
+    whole = model.n_ctx_train or LARGEST_WINDOW
+    return whole if n < 0 else min(n, whole)
+
+
+def _memory(model: Model, s: Sampling) -> int:
+    """How many past tokens the chain looks at."""
     penalised = s.repeat_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
-    windows = (s.repeat_last_n if penalised else 0, s.dry_penalty_last_n if s.dry_multiplier else 0)
-    return 1 << 30 if -1 in windows else max(windows)
+    return max(_window(model, s.repeat_last_n) if penalised else 0, _window(model, s.dry_penalty_last_n) if s.dry_multiplier else 0)
 
 
 def _grammar(model: Model, text: str, triggers: tuple[str, ...]) -> Any:
