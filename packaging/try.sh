@@ -11,7 +11,7 @@ localllm=$here/../.venv/bin/localllm
 if [ $# -gt 0 ]; then
   exec "$localllm" "$@"
 fi
-question="Tell me a story about a fox."
+question="Write a short story about Marta and a castle."
 printf '> %s\n' "$question" >&2
 "$localllm" run demo "$question"
 printf '\nMore:  packaging/try.sh run demo    a chat\n       packaging/try.sh bench demo  measure this machine\n' >&2

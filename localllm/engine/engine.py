@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from localllm.engine.output import Output, Sink
 from localllm.engine.prepare import Preparer
 from localllm.engine.sequence import Job
 from localllm.engine.store import StateStore
-from localllm.errors import InvalidRequest, LocalLLMError
+from localllm.errors import EngineError, InvalidRequest, LocalLLMError
 from localllm.hardware import physical_cores
 from localllm.inbox import Inbox
 from localllm.llama import lib
@@ -79,6 +80,9 @@ class Engine:
             max_queue=config.max_queue,
         )
         self._closed = False
+        self._users = 0
+        """Threads that are using the model or giving the step loop work, besides its own."""
+        self._users_changed = threading.Condition()
         self._named: dict[str, Handle] = {}
         """Requests in flight that have an id."""
 
@@ -98,7 +102,10 @@ class Engine:
         )
         try:
             tell("context", 0.0)
-            context = Context(model, _context_params(config, model))
+            # OpenMP keeps a team for each living thread that ever decoded, and a second team makes the
+            # barriers of the first one sleep: the context's first decode belongs to a thread that ends
+            with ThreadPoolExecutor(1) as once:
+                context = once.submit(Context, model, context_params(config, model)).result()
         except BaseException:
             model.close()
             raise
@@ -109,34 +116,48 @@ class Engine:
 
         Templates and tokenises on the calling thread; a request that is refused fails through the sink.
         """
-        name = request.id
+        handle = Handle(None, None)
 
         def watched(events: list[Event]) -> None:
             if isinstance(events[-1], (Done, Failed)):
-                self._named.pop(name, None)
+                if self._named.get(request.id) is handle:
+                    del self._named[request.id]
+                # an answer whose text could not be read still runs; for one that is over this does nothing
+                handle.cancel()
             sink(events)
 
         try:
-            self.store.load_session(request.session)
-            job = self.preparer.job(request, self.output, watched if name else sink)
+            with self._in_use():
+                self.store.load_session(request.session)
+                job = self.preparer.job(request, self.output, watched)
+                handle = Handle(self.loop, job)
+                if request.id:
+                    self._named[request.id] = handle
+                self.loop.submit(job)
         except LocalLLMError as error:
             sink([Failed(error.to_json())])
-            return Handle(None, None)
-        handle = Handle(self.loop, job)
-        if name:
-            self._named[name] = handle
-        self.loop.submit(job)
         return handle
 
     @asynccontextmanager
     async def stream(self, request: Request) -> AsyncGenerator[AsyncIterator[Event]]:
         """Run `request` and iterate over its events; leaving the context cancels it."""
         inbox = Inbox()
-        handle = await asyncio.to_thread(self.submit, request, inbox.push)
+        handles: list[Handle] = []
+        left = threading.Event()
+
+        def start() -> None:
+            handles.append(self.submit(request, inbox.push))
+            # the task may have been cancelled meanwhile, which does not stop this thread
+            if left.is_set():
+                handles[0].cancel()
+
         try:
+            await asyncio.to_thread(start)
             yield inbox
         finally:
-            handle.cancel()
+            left.set()
+            for handle in handles:
+                handle.cancel()
             inbox.close()
 
     async def call(self, op: str, **args: Any) -> Any:
@@ -144,8 +165,13 @@ class Engine:
         operation = _OPERATIONS.get(op)
         if operation is None:
             raise InvalidRequest(f"unknown operation {op!r}", hint=f"use one of {', '.join(_OPERATIONS)}")
+
+        def run() -> Any:
+            with self._in_use():
+                return operation(self, **args)
+
         try:
-            return await asyncio.to_thread(operation, self, **args)
+            return await asyncio.to_thread(run)
         except TypeError as error:
             raise InvalidRequest(f"{op}: {error}", hint="check the argument names") from error
 
@@ -154,10 +180,12 @@ class Engine:
         await asyncio.to_thread(self.shutdown)
 
     def shutdown(self) -> None:
-        """`close` for callers without an event loop."""
-        if self._closed:
-            return
-        self._closed = True
+        """`close` for callers without an event loop; not to be called from a sink."""
+        with self._users_changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._users_changed.wait_for(lambda: self._users == 0)
         self.loop.close()
         self._saver.shutdown()
         self.output.close()
@@ -184,6 +212,20 @@ class Engine:
             "build": lib.build(),
             "devices": [device.name for device in lib.devices()],
         }
+
+    @contextmanager
+    def _in_use(self) -> Generator[None]:
+        """Keep the engine from closing meanwhile; raises EngineError when it has."""
+        with self._users_changed:
+            if self._closed:
+                raise EngineError("the engine was closed", hint="load the model again")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._users_changed:
+                self._users -= 1
+                self._users_changed.notify_all()
 
     # operations
 
@@ -246,7 +288,8 @@ def _threads(config: EngineConfig) -> int:
     return config.n_threads or physical_cores()
 
 
-def _context_params(config: EngineConfig, model: Model) -> ContextParams:
+def context_params(config: EngineConfig, model: Model) -> ContextParams:
+    """How a context for `config` is made."""
     residents = min(config.n_resident, RECURRENT_RESIDENTS) if model.is_recurrent or model.is_hybrid else config.n_resident
     trained = model.n_ctx_train or DEFAULT_CELLS
     return ContextParams(

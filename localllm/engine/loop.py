@@ -78,7 +78,7 @@ class StepLoop:
         return future
 
     def close(self) -> None:
-        """Cancel what runs and end the thread."""
+        """Fail what runs and waits, and end the thread; nothing may be submitted after."""
 
         def stop() -> None:
             self._closing = True
@@ -90,18 +90,18 @@ class StepLoop:
 
     def _run(self) -> None:
         while not self._closing:
-            if not self.running and (not self.waiting or self._blocked):
-                self._inbox.get()()
-            while not self._inbox.empty():
-                self._inbox.get()()
             try:
+                if not self.running and (not self.waiting or self._blocked):
+                    self._inbox.get()()
+                while not self._inbox.empty():
+                    self._inbox.get()()
                 self.step()
             except LocalLLMError as error:
                 self._fail_all(error)
             except Exception as error:
                 logger.exception("the step loop failed")
                 self._fail_all(EngineError(f"the engine failed: {error!r}", hint="this is a bug in localllm; please report it"))
-        self._fail_all(EngineError("the engine was closed"))
+        self._fail_all(EngineError("the engine was closed", hint="load the model again"))
 
     def step(self) -> None:
         """One batch: a row for every decoding sequence, prompt chunks in what is left."""
@@ -145,7 +145,7 @@ class StepLoop:
                 remaining=s.pending,
                 limit=s.pauses[0] - s.n_past if s.pauses else s.pending,
                 rank=s.job.order(now)[0],
-                deadline_s=s.job.deadline_s,
+                deadline_s=s.job.order(now)[1],
                 waited_s=now - s.job.submitted_s,
             )
             for i, s in enumerate(prefilling)
@@ -186,7 +186,9 @@ class StepLoop:
                 self.pool.checkpoint(sequence.slot, sequence.n_past)
             if sequence.pending == 0:
                 ready.append((sequence, row - 1))
-            sequence.job.listener.prefilled(sequence.job, sequence.n_past, sequence.job.n_cached)
+            # not for what a preemption or a shifted context makes compute again
+            if sequence.index == 0 and not sequence.n_out:
+                sequence.job.listener.prefilled(sequence.job, sequence.n_past, sequence.job.n_cached)
         if chunks:
             self._serve_followers()
         return ready
@@ -198,6 +200,7 @@ class StepLoop:
         if job.over or sequence.slot < 0:
             return
         if job.max_tokens == 0:
+            job.first_token_s = job.last_token_s = clock()
             self._finish(sequence, "length")
             return
         try:
@@ -231,6 +234,9 @@ class StepLoop:
     # waiting and admission
 
     def _enqueue(self, job: Job) -> None:
+        # a cancel from another thread may have come first
+        if job.over:
+            return
         if len(self.waiting) + len(self.running) >= self.max_queue + self.n_running:
             job.over = True
             job.listener.failed(job, Overloaded(f"the queue is full: {len(self.waiting)} requests wait", hint="try again later"))
@@ -281,6 +287,7 @@ class StepLoop:
                 insort(leader.pauses, shared)
         if not job.admitted_s:
             job.admitted_s = clock()
+        if sequence.index == 0 and not sequence.n_out:
             job.n_cached = sequence.n_past
         return True
 
@@ -289,7 +296,9 @@ class StepLoop:
         best, best_shared = None, 0
         for other in self.running:
             if other.pending > 1 and (sequence.job.cache or other.job is sequence.job):
-                shared = min(common_prefix(other.tokens, 0, sequence.tokens, 0), len(sequence.tokens) - 1)
+                # the last token of the other may be computed while decoding, when nobody looks after followers
+                limit = min(len(sequence.tokens), len(other.tokens)) - 1
+                shared = min(common_prefix(other.tokens, 0, sequence.tokens, 0), limit)
                 if shared > best_shared and shared > other.n_past:
                     best, best_shared = other, shared
         return best, best_shared
@@ -314,7 +323,7 @@ class StepLoop:
                 self.pool.fork_live(leader.slot, sequence.slot, shared)
                 sequence.following, sequence.n_past = None, shared
                 sequence.pauses = [p for p in sequence.pauses if p > shared]
-                if sequence.index == 0:
+                if sequence.index == 0 and not sequence.n_out:
                     sequence.job.n_cached = shared
 
     # endings
@@ -349,8 +358,9 @@ class StepLoop:
             self._fail(job, error)
 
     def _release(self, sequence: Sequence, *, keep: bool) -> None:
-        """Take a sequence out of the loop; its computed tokens stay resident when `keep`."""
+        """Take a sequence out of the loop for good; its computed tokens stay resident when `keep`."""
         self._blocked = False
+        sequence.sampler.close()
         if sequence.slot < 0:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
@@ -359,17 +369,25 @@ class StepLoop:
         slot, sequence.slot = sequence.slot, -1
         if keep:
             self.pool.advance(slot, sequence.tokens[self.pool.length(slot) : sequence.n_past])
-            if sequence.job.session and sequence.index == 0:
-                sequence.job.listener.save(sequence.job, self.pool.entry(slot))
+            if sequence.job.session and sequence.index == 0 and self.pool.length(slot):
+                self._save(sequence.job, slot)
         self.pool.close(slot, keep=keep)
         self._serve_followers()
+
+    def _save(self, job: Job, slot: int) -> None:
+        try:
+            entry = self.pool.entry(slot)
+        except MemoryError:
+            logger.warning("the state of a session could not be copied: out of memory")
+        else:
+            job.listener.save(job, entry)
 
     def _requeue(self, sequence: Sequence) -> None:
         """Back to the queue, with everything it has; what it computed goes to the store."""
         slot, sequence.slot = sequence.slot, -1
         self.running.remove(sequence)
         self.pool.advance(slot, sequence.tokens[self.pool.length(slot) : sequence.n_past])
-        self.pool.close(slot, keep=True)
+        self.pool.close(slot, keep=sequence.job.cache)
         sequence.following, sequence.n_past = None, 0
         self.waiting.insert(0, sequence)
         self._blocked = False
@@ -397,6 +415,8 @@ class StepLoop:
         youngest = max(self.running, key=lambda s: (*s.job.order(now), s.index))
         if len(self.running) > 1:
             self._requeue(youngest)
+            # at once it would only be given its room again
+            self._blocked = bool(self.running)
         else:
             self._fail(youngest.job, error)
 

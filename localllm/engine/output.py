@@ -223,7 +223,13 @@ class Answer:
             self._saving.add_done_callback(lambda _: self._output.put(self, end))
 
     def failed(self, job: Job, error: LocalLLMError) -> None:
-        self._output.put(self, lambda: self._events.append(Failed(error.to_json())))
+        def end() -> None:
+            # text that waits for company comes before the end, not after
+            for choice in self._choices:
+                choice.flush()
+            self._events.append(Failed(error.to_json()))
+
+        self._output.put(self, end)
 
     # on the output thread
 

@@ -101,7 +101,7 @@ class Preparer:
             marks=encoded.starts,
             session=request.session,
             context_shift=request.context_shift,
-            n_keep=request.n_keep + self.model.add_bos,
+            n_keep=len(encoded.tokens) if request.n_keep < 0 else request.n_keep + self.model.add_bos,
         )
 
     def render(self, request: Request) -> Rendered:

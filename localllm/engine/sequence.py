@@ -16,7 +16,7 @@ from localllm.llama.sampling import Sampler
 from localllm.types import FinishReason, Priority, Timings
 
 PROMOTE_AFTER_S = 30.0
-"""A batch request that waited this long counts as interactive: nothing starves."""
+"""A request that waited this long counts as interactive and as due: nothing starves."""
 
 
 class Listener(Protocol):
@@ -78,8 +78,10 @@ class Job:
 
     def order(self, now: float) -> tuple[int, float, float]:
         """Sorts waiting jobs: class, then deadline, then arrival."""
-        late = now - self.submitted_s > PROMOTE_AFTER_S
-        return (0 if self.priority == "interactive" or late else 1, self.deadline_s, self.submitted_s)
+        promoted_s = self.submitted_s + PROMOTE_AFTER_S
+        if now > promoted_s:
+            return (0, min(self.deadline_s, promoted_s), self.submitted_s)
+        return (0 if self.priority == "interactive" else 1, self.deadline_s, self.submitted_s)
 
     def timings(self) -> Timings:
         """The whole job's figures, from the step loop's clock."""
