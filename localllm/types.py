@@ -69,7 +69,7 @@ class Sampling:
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = -1
+    dry_penalty_last_n: int = 64
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     mirostat: int = 0
     mirostat_tau: float = 5.0
@@ -136,7 +136,7 @@ class Request:
             raise InvalidRequest("a request needs exactly one of messages, prompt and tokens", hint="give one, and not empty")
         if not 1 <= self.n <= MAX_CHOICES:
             raise InvalidRequest(f"n is {self.n}", hint=f"use 1 to {MAX_CHOICES}")
-        if self.deadline_ms is not None and self.deadline_ms < 0:
+        if self.deadline_ms is not None and not self.deadline_ms >= 0:
             raise InvalidRequest(f"deadline_ms is {self.deadline_ms}", hint="use milliseconds from now")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
@@ -128,8 +129,9 @@ class Engine:
 
         try:
             with self._in_use():
-                self.store.load_session(request.session)
                 job = self.preparer.job(request, self.output, watched)
+                if request.session and not self._remembers(job):
+                    self.store.load_session(request.session)
                 handle = Handle(self.loop, job)
                 if request.id:
                     self._named[request.id] = handle
@@ -171,9 +173,10 @@ class Engine:
                 return operation(self, **args)
 
         try:
-            return await asyncio.to_thread(run)
+            inspect.signature(operation).bind(self, **args)
         except TypeError as error:
-            raise InvalidRequest(f"{op}: {error}", hint="check the argument names") from error
+            raise InvalidRequest(f"{op}: {error}", hint="check the argument names") from None
+        return await asyncio.to_thread(run)
 
     async def close(self) -> None:
         """End requests, threads and free the model; safe to call twice."""
@@ -212,6 +215,11 @@ class Engine:
             "build": lib.build(),
             "devices": [device.name for device in lib.devices()],
         }
+
+    def _remembers(self, job: Job) -> bool:
+        """Whether a good part of the job's prompt is in the cache or in RAM."""
+        tokens = job.prompt
+        return self.loop.do(lambda: self.pool.best(tokens, len(tokens) - 1).length).result() * 2 >= len(tokens)
 
     @contextmanager
     def _in_use(self) -> Generator[None]:

@@ -105,6 +105,8 @@ class KVPool:
         `expected` tokens will come later by `fork_live` and cost nothing. Residents are evicted, least
         recently used first, as far as needed. Read `length(slot)` for what was really reused.
         """
+        if not self._could_fit(source, cells - expected):
+            return -1
         if source.slot in self._residents:
             self._residents.move_to_end(source.slot)
         if source.entry is not None and not self._make_room(max(cells, len(source.entry.tokens))):
@@ -281,6 +283,16 @@ class KVPool:
             if sum(sizes.values()) <= self.store.ram_bytes:
                 return
             self._checkpoints.pop(slot, None)
+
+    def _could_fit(self, source: Source, cells: int) -> bool:
+        """Whether there is room once every resident is gone but for what is shared: else evicting them is for nothing."""
+        running = set(self._promised)
+        promised = sum(max(0, until - self.trie.length(slot)) for slot, until in self._promised.items())
+        held = self.trie.held(running, also=source.slot, length=source.length)
+        twins = {twin for slot in running for twin in self._twins.get(slot, ())}
+        held += sum(twin.end - twin.start for twin in twins)
+        shared = source.length if source.slot >= 0 else 0
+        return held + promised + cells - shared <= self.context.n_ctx
 
     def _make_room(self, need: int) -> bool:
         while self.available < need:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from bisect import insort
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
-from localllm.engine.kv import Cut, KVPool, Source
-from localllm.engine.prefix import common_prefix
+from localllm.engine.admission import Admission
+from localllm.engine.kv import KVPool
 from localllm.engine.scheduler import Prompt, StepCost, share_rows
 from localllm.engine.sequence import Job, Sequence, TokenScore
 from localllm.errors import EngineError, LocalLLMError, Overloaded
@@ -28,11 +27,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("localllm.engine")
 
-PROMISE = 512
-"""Cells promised ahead to an answer without max_tokens; the promise is renewed as it is used up."""
-WORTH_FOLLOWING = 16
-"""Waiting for another sequence's prefill must save at least this many tokens."""
-
 clock = time.perf_counter
 
 
@@ -42,16 +36,14 @@ class StepLoop:
     def __init__(self, context: Context, pool: KVPool, *, n_running: int, n_ctx_seq: int, step_target_ms: float, max_queue: int) -> None:
         self.context = context
         self.pool = pool
-        self.n_running = n_running
+        self.admission = Admission(pool, n_running=n_running, n_ctx_seq=n_ctx_seq, max_queue=max_queue)
+        self.running = self.admission.running
+        self.waiting = self.admission.waiting
         self.n_ctx_seq = n_ctx_seq
         self.step_target_ms = step_target_ms
-        self.max_queue = max_queue
         self.cost = StepCost()
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
         self.n_steps = 0
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._blocked = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="localllm-step", daemon=True)
         self._thread.start()
@@ -91,7 +83,7 @@ class StepLoop:
     def _run(self) -> None:
         while not self._closing:
             try:
-                if not self.running and (not self.waiting or self._blocked):
+                if self.admission.idle:
                     self._inbox.get()()
                 while not self._inbox.empty():
                     self._inbox.get()()
@@ -105,7 +97,8 @@ class StepLoop:
 
     def step(self) -> None:
         """One batch: a row for every decoding sequence, prompt chunks in what is left."""
-        self._admit()
+        if (misfit := self.admission.admit()) is not None:
+            self._fail(misfit, EngineError("the request does not fit the empty cache", hint="use a larger context (-c)"))
         decoding = [s for s in self.running if s.decoding]
         chunks = self._chunks(len(decoding))
         if not decoding and not chunks:
@@ -115,7 +108,8 @@ class StepLoop:
         try:
             self.context.decode(rows)
         except NoRoom as error:
-            self._make_room(error)
+            if not self.admission.make_way():
+                self._fail(self.running[0].job, error)
             return
         except EngineError as error:
             for sequence in [*decoding, *(s for s, _ in chunks)]:
@@ -190,7 +184,7 @@ class StepLoop:
             if sequence.index == 0 and not sequence.n_out:
                 sequence.job.listener.prefilled(sequence.job, sequence.n_past, sequence.job.n_cached)
         if chunks:
-            self._serve_followers()
+            self.admission.serve_followers()
         return ready
 
     def _sample(self, sequence: Sequence, row: int) -> None:
@@ -225,118 +219,31 @@ class StepLoop:
             self._finish(sequence, "length")
         elif len(sequence.tokens) >= self.n_ctx_seq:
             if job.context_shift:
-                self._shift(sequence)
+                self.admission.shift(sequence)
             else:
                 self._finish(sequence, "length")
         elif len(sequence.tokens) > sequence.until:
-            self._extend_promise(sequence)
+            self.admission.renew_promise(sequence)
 
-    # waiting and admission
-
-    def _enqueue(self, job: Job) -> None:
-        # a cancel from another thread may have come first
-        if job.over:
-            return
-        if len(self.waiting) + len(self.running) >= self.max_queue + self.n_running:
-            job.over = True
-            job.listener.failed(job, Overloaded(f"the queue is full: {len(self.waiting)} requests wait", hint="try again later"))
-            return
-        self.waiting += job.sequences
-        self._blocked = False
-
-    def _admit(self) -> None:
-        if not self.waiting or self._blocked:
-            return
-        now = clock()
-        self.waiting.sort(key=lambda s: (*s.job.order(now), s.index))
-        while self.waiting and len(self.running) < self.n_running and self._open(self.waiting[0]):
-            self.running.append(self.waiting.pop(0))
-        if self.waiting and not self.running:
-            self._fail(self.waiting[0].job, EngineError("the request fits no empty cache", hint="use a larger context (-c)"))
-            return
-        # nothing changes for the rest until a sequence ends
-        self._blocked = bool(self.waiting)
-        for position, sequence in enumerate(self.waiting, 1):
-            job = sequence.job
-            if sequence.index == 0 and job.position != position and not job.admitted_s:
-                job.position = position
-                job.listener.queued(job, position)
-
-    def _open(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot and its prefix; False when there is no room for it now."""
-        job, tokens = sequence.job, sequence.tokens
-        left = job.max_tokens - sequence.n_out if job.max_tokens >= 0 else PROMISE
-        until = min(len(tokens) + min(left, PROMISE), self.n_ctx_seq)
-        source = self.pool.best(tokens, len(tokens) - 1) if job.cache else Source()
-        leader, shared = self._leader(sequence)
-        if leader is not None and shared >= source.length + WORTH_FOLLOWING:
-            slot = self.pool.open(Source(), until, expected=shared)
-            sequence.following = (leader, shared)
-        else:
-            slot = self.pool.open(source, until)
-            sequence.following = None
-        if slot < 0:
-            sequence.following = None
-            return False
-        sequence.slot, sequence.until = slot, until
-        sequence.n_past = self.pool.length(slot)
-        sequence.pauses = self._pauses(sequence)
-        if sequence.following is not None and self.pool.cut is not Cut.ANY:
-            assert leader is not None
-            if shared not in leader.pauses:
-                insort(leader.pauses, shared)
-        if not job.admitted_s:
-            job.admitted_s = clock()
-        if sequence.index == 0 and not sequence.n_out:
-            job.n_cached = sequence.n_past
-        return True
-
-    def _leader(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        """A running sequence that is still computing a beginning that this one needs too, and its length."""
-        best, best_shared = None, 0
-        for other in self.running:
-            if other.pending > 1 and (sequence.job.cache or other.job is sequence.job):
-                # the last token of the other may be computed while decoding, when nobody looks after followers
-                limit = min(len(sequence.tokens), len(other.tokens)) - 1
-                shared = min(common_prefix(other.tokens, 0, sequence.tokens, 0), limit)
-                if shared > best_shared and shared > other.n_past:
-                    best, best_shared = other, shared
-        return best, best_shared
-
-    def _pauses(self, sequence: Sequence) -> list[int]:
-        """Where to checkpoint a prompt whose model cannot go back: message starts and just before its end."""
-        if self.pool.cut is Cut.ANY:
-            return []
-        end = len(sequence.tokens) - 1
-        marks = [m for m in sequence.job.marks if m < end][-2:]
-        return [p for p in (*marks, end) if p > sequence.n_past]
-
-    def _serve_followers(self) -> None:
-        """Hand a shared prefix to those who waited for it; send back those whose leader is gone."""
-        for sequence in list(self.running):
-            if sequence.following is None:
-                continue
-            leader, shared = sequence.following
-            if leader.finished or leader.slot < 0 or (leader.n_past > shared and self.pool.cut is not Cut.ANY):
-                self._requeue(sequence)
-            elif leader.n_past >= shared:
-                self.pool.fork_live(leader.slot, sequence.slot, shared)
-                sequence.following, sequence.n_past = None, shared
-                sequence.pauses = [p for p in sequence.pauses if p > shared]
-                if sequence.index == 0 and not sequence.n_out:
-                    sequence.job.n_cached = shared
-
-    # endings
+    # beginnings and endings
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         job = sequence.job
-        self._release(sequence, keep=job.cache)
-        sequence.finished = True
+        self.admission.leave(sequence, keep=job.cache)
         job.listener.finished(sequence, reason)
         job.open_sequences -= 1
         if job.open_sequences == 0:
             job.over = True
             job.listener.done(job, job.timings())
+
+    def _enqueue(self, job: Job) -> None:
+        # a cancel from another thread may have come first
+        if job.over:
+            return
+        if self.admission.full:
+            self._fail(job, Overloaded(f"the queue is full: {len(self.waiting)} requests wait", hint="try again later"))
+        else:
+            self.admission.enqueue(job)
 
     def _cancel(self, job: Job) -> None:
         for sequence in job.sequences:
@@ -349,84 +256,12 @@ class StepLoop:
         job.over = True
         for sequence in job.sequences:
             if not sequence.finished:
-                self._release(sequence, keep=False)
-                sequence.finished = True
+                self.admission.leave(sequence, keep=False)
         job.listener.failed(job, error)
 
     def _fail_all(self, error: LocalLLMError) -> None:
         for job in dict.fromkeys(s.job for s in (*self.running, *self.waiting)):
             self._fail(job, error)
-
-    def _release(self, sequence: Sequence, *, keep: bool) -> None:
-        """Take a sequence out of the loop for good; its computed tokens stay resident when `keep`."""
-        self._blocked = False
-        sequence.sampler.close()
-        if sequence.slot < 0:
-            if sequence in self.waiting:
-                self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        slot, sequence.slot = sequence.slot, -1
-        if keep:
-            self.pool.advance(slot, sequence.tokens[self.pool.length(slot) : sequence.n_past])
-            if sequence.job.session and sequence.index == 0 and self.pool.length(slot):
-                self._save(sequence.job, slot)
-        self.pool.close(slot, keep=keep)
-        self._serve_followers()
-
-    def _save(self, job: Job, slot: int) -> None:
-        try:
-            entry = self.pool.entry(slot)
-        except MemoryError:
-            logger.warning("the state of a session could not be copied: out of memory")
-        else:
-            job.listener.save(job, entry)
-
-    def _requeue(self, sequence: Sequence) -> None:
-        """Back to the queue, with everything it has; what it computed goes to the store."""
-        slot, sequence.slot = sequence.slot, -1
-        self.running.remove(sequence)
-        self.pool.advance(slot, sequence.tokens[self.pool.length(slot) : sequence.n_past])
-        self.pool.close(slot, keep=sequence.job.cache)
-        sequence.following, sequence.n_past = None, 0
-        self.waiting.insert(0, sequence)
-        self._blocked = False
-        self._serve_followers()
-
-    # room
-
-    def _extend_promise(self, sequence: Sequence) -> None:
-        """Promise more cells to an answer that goes on; when there are none, the youngest waits for others to end."""
-        limit = len(sequence.job.prompt) + sequence.job.max_tokens if sequence.job.max_tokens >= 0 else self.n_ctx_seq
-        until = min(len(sequence.tokens) + PROMISE, self.n_ctx_seq, max(limit, len(sequence.tokens) + 1))
-        now = clock()
-        while not self.pool.promise(sequence.slot, until):
-            youngest = max(self.running, key=lambda s: (*s.job.order(now), s.index))
-            self._requeue(youngest)
-            if youngest is sequence:
-                return
-        sequence.until = until
-
-    def _make_room(self, error: NoRoom) -> None:
-        """llama.cpp found no cells although the books say there are: evict, then preempt, then give up."""
-        if self.pool.evict():
-            return
-        now = clock()
-        youngest = max(self.running, key=lambda s: (*s.job.order(now), s.index))
-        if len(self.running) > 1:
-            self._requeue(youngest)
-            # at once it would only be given its room again
-            self._blocked = bool(self.running)
-        else:
-            self._fail(youngest.job, error)
-
-    def _shift(self, sequence: Sequence) -> None:
-        """Drop the older half after the kept beginning and compute the rest anew: exact, for any model."""
-        tokens, keep = sequence.tokens, min(sequence.job.n_keep, self.n_ctx_seq // 2)
-        drop = max(1, (len(tokens) - keep) // 2)
-        self.pool.advance(sequence.slot, tokens[self.pool.length(sequence.slot) : sequence.n_past])
-        sequence.tokens = tokens[:keep] + tokens[keep + drop :]
-        sequence.n_past = self.pool.truncate(sequence.slot, keep)
 
 
 def _stopped(sequence: Sequence, token: int) -> bool:

@@ -38,7 +38,7 @@ from localllm.types import (
 logger = logging.getLogger("localllm.engine")
 
 Sink = Callable[[list[Event]], None]
-"""Takes the events of one request, in order, on the output thread."""
+"""Takes the events of one request, in order: on the output thread, or on the caller's for a request that is refused."""
 
 FLUSH_S = 0.010
 

@@ -143,6 +143,21 @@ class PrefixTrie:
         nodes = set(map(id, self._path(owner))) | {id(self._root)}
         return [o for o, end in self._ends.items() if o != owner and id(end) in nodes]
 
+    def held(self, owners: set[int], *, also: int = -1, length: int = 0) -> int:
+        """Tokens that `owners` hold together, and the first `length` of the owner `also`."""
+        total, stack = 0, [self._root]
+        while stack:
+            for child in stack.pop().children.values():
+                if not owners.isdisjoint(child.owners):
+                    total += len(child.edge)
+                    stack.append(child)
+        depth = 0
+        for node in self._path(also):
+            if depth < length and owners.isdisjoint(node.owners):
+                total += min(len(node.edge), length - depth)
+            depth += len(node.edge)
+        return total
+
     def unique(self, owner: int) -> int:
         """Tokens that only this owner holds: what removing it would free."""
         return sum(len(node.edge) for node in self._path(owner) if node.owners == {owner})

@@ -69,6 +69,8 @@ class Preparer:
 
         Raises ContextExceeded, GrammarError, TemplateError or InvalidRequest before any work is done.
         """
+        if request.adapter:
+            raise InvalidRequest(f"no adapter named {request.adapter!r} is loaded", hint="leave adapter out")
         s = request.sampling
         rendered = self.render(request) if request.messages else None
         encoded = self._plain(request) if rendered is None else self._encoder.encode(rendered)

@@ -60,7 +60,6 @@ class StateStore:
         self._serial = 0
         self._used = 0
         self._lock = threading.Lock()
-        self._known_sessions: set[str] = set()
 
     @property
     def used_bytes(self) -> int:
@@ -107,7 +106,6 @@ class StateStore:
 
     def save_session(self, session: str, entry: Entry) -> bool:
         """Write a session's state to disk, durably; False (and a warning) when that is not possible."""
-        self._known_sessions.add(session)
         path = self._path(session)
         if path is None or entry.size_bytes > self.disk_bytes:
             return False
@@ -121,11 +119,10 @@ class StateStore:
         return True
 
     def load_session(self, session: str) -> None:
-        """Bring a session's state from disk into RAM, once per process; nothing happens when there is none."""
+        """Bring a session's state from disk into RAM; nothing happens when there is none."""
         path = self._path(session)
-        if path is None or session in self._known_sessions:
+        if path is None:
             return
-        self._known_sessions.add(session)
         try:
             if path.stat().st_size > self.ram_bytes:
                 logger.warning("the saved state %s is larger than the RAM store of %d bytes: ignored", path, self.ram_bytes)

@@ -93,7 +93,7 @@ class Model:
     def tokenize(self, text: str | bytes, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of `text`; `parse_special` lets control tokens in the text become themselves.
 
-        Lone surrogates and invalid UTF-8 become U+FFFD: half a code point aborts llama.cpp.
+        Lone surrogates become "?" and invalid UTF-8 U+FFFD: half a code point aborts llama.cpp.
         """
         if isinstance(text, bytes):
             text = text.decode("utf-8", "replace")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ from localllm.types import Sampling
 
 LARGEST_WINDOW = 1 << 17
 """Past tokens a penalty may look at, where the model names no context length."""
+MAX_GRAMMAR_DEPTH = 500
+MAX_GRAMMAR_RULES = 20_000
+
+_OPAQUE = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*', re.DOTALL)
+"""Strings, character classes and comments: what is in them is not grammar."""
+_BRACKET = re.compile(r"[()]")
+_RANGE = re.compile(r"\{\s*(\d+)\s*,\s*(\d+)\s*\}")
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -166,7 +174,9 @@ def _memory(model: Model, s: Sampling) -> int:
 
 def _grammar(model: Model, text: str, triggers: tuple[str, ...]) -> Any:
     """A llama.cpp grammar sampler; raises GrammarError with llama.cpp's own words."""
+    _check_shape(text)
     source = text.encode("utf-8", "replace")
+    lib.take_errors()
     with lib.captured_stderr() as said:
         if triggers:
             patterns = (ctypes.c_char_p * len(triggers))(*(t.encode() for t in triggers))
@@ -174,9 +184,30 @@ def _grammar(model: Model, text: str, triggers: tuple[str, ...]) -> Any:
         else:
             handle = api.llama_sampler_init_grammar(model.vocab, source, b"root")
     if not handle:
-        reason = next((line.partition("error parsing grammar: ")[2] or line for line in said if line.strip()), "it has no rule named root")
+        # a syntax error is printed, the rest is logged
+        reasons = [line.partition("error parsing grammar: ")[2] or line for line in said if line.strip()]
+        reasons += [line for line in lib.take_errors().split("; ") if line not in ("", "failed to parse grammar")]
+        reason = reasons[0] if reasons else "it has no rules"
         raise GrammarError(f"the grammar does not parse: {reason}", hint="see llama.cpp's guide to GBNF")
     return handle
+
+
+def _check_shape(text: str) -> None:
+    """Refuse grammars that llama.cpp's parser does not survive: it recurses per parenthesis and per rule, and
+    unfolds {3,1} almost 2^64 times."""
+    bare = _OPAQUE.sub(" ", text)
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(bare):
+        depth += 1 if bracket == "(" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_GRAMMAR_DEPTH or bare.count("::=") > MAX_GRAMMAR_RULES:
+        limit = f"{MAX_GRAMMAR_RULES:,} rules and parentheses {MAX_GRAMMAR_DEPTH:,} deep"
+        raise GrammarError("the grammar is too large", hint=f"at most {limit} are taken")
+    for low, high in _RANGE.findall(bare):
+        # as text: there may be more digits than int() takes
+        a, b = low.lstrip("0"), high.lstrip("0")
+        if (len(a), a) > (len(b), b):
+            raise GrammarError(f"the grammar repeats something {{{low[:20]},{high[:20]}}} times", hint="write the smaller number first")
 
 
 def top_logprobs(logits: npt.NDArray[np.float32], token: int, n: int) -> tuple[float, list[tuple[int, float]]]:

@@ -181,7 +181,7 @@ def _triggers(family: Family, names: list[str]) -> tuple[str, ...]:
             key = "parameters" if family is Family.LLAMA3 else "arguments"
             name = rf'\{{{blank}{kind}"name": ?"(?:{known})"'
             begun = _begun(",", _GAP, f'"{key}":')
-            return (rf"^\s*(?:<\|python_tag\|>)?\s*({name}{begun}){_END}",)
+            return (rf"^\s{{0,8}}(?:<\|python_tag\|>)?\s{{0,8}}({name}{begun}){_END}",)
 
 
 def _trigger(marker: str, begun: str) -> str:
