@@ -5,7 +5,6 @@ Knows the options; what is measured is bench/plan.py's business.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from pathlib import Path
@@ -71,6 +70,8 @@ def bench(
         raise UsageError(f"--flash-attn {flash_attn} makes no sense", hint=f"use {', '.join(FLASH)}")
     if max(streams) > batch:
         raise UsageError(f"{max(streams)} requests at once need a row each in a batch of {batch}", hint="raise -b or lower --concurrency")
+
+    import asyncio
 
     from localllm.bench.plan import TINY_BYTES, make_plan
     from localllm.engine.config import EngineConfig

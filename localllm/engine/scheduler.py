@@ -14,7 +14,7 @@ from dataclasses import dataclass
 MIN_CHUNK = 16
 FIRST_CHUNK = 64
 """Prompt rows in the very first step, before any cost is known."""
-IDLE_STEP_MS = 400.0
+IDLE_STEP_MS = 1500.0
 """With nobody streaming, a step may take this long: it bounds how late a cancel is seen."""
 
 
