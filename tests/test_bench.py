@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from localllm.bench import plan as plans
 from localllm.bench.case import Case, Run
 from localllm.bench.clock import Moments
 from localllm.bench.machine import machine
@@ -261,9 +260,8 @@ def test_bench_prints_json_and_nothing_else_on_stdout(tmp_path: Path) -> None:
     assert "round 1 of 1: 2 streams, worker" in done.stderr
 
 
-async def test_bench_compares_all_arms(demo_small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "LONG_ANSWER", 20)
-    plan = make_plan(n_prompt=16, n_gen=4, concurrency=(1, 2), compare=True, shared_prefix=True)
+async def test_bench_compares_all_arms(demo_small: Path) -> None:
+    plan = make_plan(n_prompt=16, n_gen=4, concurrency=(1, 2), n_long=20, compare=True, shared_prefix=True)
     said: list[str] = []
     info, records = await run_plan(plan, EngineConfig(str(demo_small), n_seq=plan.streams), 1, said.append)
     data = make_report(plan, records, model=info, machine=machine(info)).to_json()

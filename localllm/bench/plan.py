@@ -8,7 +8,7 @@ ENGINES = ("worker", "engine")
 """Our engine in its child process, as `run` uses it, and in the process of who asks."""
 ALL = (*ENGINES, "bare", "llama")
 
-LONG_PROMPT, LONG_ANSWER = 16, 1000
+LONG_PROMPT = 16
 SHARED, ENDING, SHARERS = 700, 16, 8
 TINY_BYTES = 64 << 20
 """A step of a smaller model is so short that Python shows."""
@@ -86,15 +86,23 @@ class Plan:
 
 
 def make_plan(
-    *, n_prompt: int, n_gen: int, concurrency: tuple[int, ...], compare: bool = False, shared_prefix: bool = False, tiny: bool = False
+    *,
+    n_prompt: int,
+    n_gen: int,
+    concurrency: tuple[int, ...],
+    n_long: int = 1000,
+    compare: bool = False,
+    shared_prefix: bool = False,
+    tiny: bool = False,
 ) -> Plan:
-    """The workloads and comparisons of one benchmark; `tiny` sets the goals of a model where Python shows."""
+    """The workloads and comparisons; `tiny` sets the goals of a model where Python shows, `n_long` 0 leaves the long answer out."""
     arms = (*ENGINES, "bare") if compare else ("worker",)
     workloads = [Workload(streams(k), k, n_prompt, n_gen, (*arms, "llama") if compare and k == 1 else arms) for k in concurrency]
     comparisons: list[Comparison] = []
     if compare:
-        workloads.append(Workload("long answer", 1, LONG_PROMPT, LONG_ANSWER, (*ENGINES, "llama")))
-        comparisons = [c for arm in ENGINES for c in _compare(arm, concurrency, tiny=tiny)]
+        if n_long:
+            workloads.append(Workload("long answer", 1, LONG_PROMPT, n_long, (*ENGINES, "llama")))
+        comparisons = [c for arm in ENGINES for c in _compare(arm, concurrency, n_long, tiny=tiny)]
     if shared_prefix:
         workloads += [
             Workload("alone", 1, SHARED + ENDING, 1, ("worker",)),
@@ -111,7 +119,7 @@ def streams(k: int) -> str:
     return f"{k} stream{'' if k == 1 else 's'}"
 
 
-def _compare(arm: str, concurrency: tuple[int, ...], *, tiny: bool) -> list[Comparison]:
+def _compare(arm: str, concurrency: tuple[int, ...], n_long: int, *, tiny: bool) -> list[Comparison]:
     goals = {1: Goal(0.85 if tiny else 0.98), 8: Goal(0.80 if tiny else 0.95)}
     out = [
         Comparison(
@@ -134,6 +142,7 @@ def _compare(arm: str, concurrency: tuple[int, ...], *, tiny: bool) -> list[Comp
         if arm == "engine":  # the worker's Python is in another process
             python = Source(arm, alone, "python_us_per_token")
             out.append(Comparison(f"{arm}, Python µs per token, {alone}", python, goal=Goal(50, at_most=True)))
-    long = Source(arm, "long answer", "decode_tps"), Source("llama", "long answer", "decode_tps")
-    out.append(Comparison(f"{arm} / llama, decode, {LONG_ANSWER:,} tokens", *long, Goal(1.0, every_round=True)))
+    if n_long:
+        long = Source(arm, "long answer", "decode_tps"), Source("llama", "long answer", "decode_tps")
+        out.append(Comparison(f"{arm} / llama, decode, {n_long:,} tokens", *long, Goal(1.0, every_round=True)))
     return out

@@ -32,6 +32,7 @@ def bench(
     compare: Annotated[
         bool, typer.Option("--compare", help="Beside a bare loop over llama.cpp and beside llama_cpp.Llama, with goals.")
     ] = False,
+    n_long: Annotated[int, typer.Option("--n-long", help="Tokens of the long answer under --compare; 0 leaves it out.", min=0)] = 1000,
     shared_prefix: Annotated[
         bool, typer.Option("--shared-prefix", help="Also 8 requests with one new 700-token prefix, against one alone.")
     ] = False,
@@ -93,6 +94,7 @@ def bench(
         n_prompt=n_prompt,
         n_gen=n_gen,
         concurrency=streams,
+        n_long=n_long,
         compare=compare,
         shared_prefix=shared_prefix,
         tiny=path.stat().st_size < TINY_BYTES,

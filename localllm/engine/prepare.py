@@ -13,10 +13,11 @@ from localllm.llama.model import Model
 from localllm.llama.sampling import Sampler
 from localllm.prompt.control import ControlTokens
 from localllm.prompt.encode import Encoded, Encoder
+from localllm.prompt.gate import ReasoningGate
 from localllm.prompt.grammar import response_format_to_gbnf, schema_to_gbnf
 from localllm.prompt.parse import OutputParser, markers
 from localllm.prompt.template import ChatTemplate, Rendered
-from localllm.prompt.tool_grammar import tool_call_grammar
+from localllm.prompt.tool_grammar import reasoning_tags, tool_call_grammar
 from localllm.types import Request
 
 
@@ -83,7 +84,9 @@ class Preparer:
             )
         grammar, triggers = self._grammar(request, rendered)
         seed = secrets.randbits(32) if s.seed == -1 else s.seed
-        samplers = [Sampler(self.model, s, seed=seed + i, grammar=grammar, triggers=triggers) for i in range(request.n)]
+        samplers = [
+            Sampler(self.model, s, seed=seed + i, grammar=grammar, triggers=triggers, gate=self._gate(rendered)) for i in range(request.n)
+        ]
         for sampler in samplers:
             sampler.read_prompt(encoded.tokens)
         vocabulary = self._plain_vocabulary if rendered is None else self._chat_vocabulary
@@ -119,6 +122,12 @@ class Preparer:
     def encode(self, request: Request) -> list[int]:
         """The token ids of a chat prompt."""
         return self._encoder.encode(self.render(request)).tokens
+
+    def _gate(self, rendered: Rendered | None) -> ReasoningGate | None:
+        """Keeps reasoning from a tool grammar that waits for its trigger."""
+        if rendered is None:
+            return None
+        return ReasoningGate(*reasoning_tags(self.template.family), opened=rendered.reasoning_open)
 
     def _parser(self, request: Request, rendered: Rendered | None) -> OutputParser | None:
         if rendered is None:

@@ -28,7 +28,9 @@ logger.addHandler(logging.NullHandler())
 
 # llama.cpp's info is a developer's debug
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
-_ERROR, _CONTINUE = 4, 5
+_DEBUG, _ERROR, _CONTINUE = 1, 4, 5
+_HARMLESS = "possible training context overflow"
+"""Our contexts are pools of cells for many sequences, each held to the trained length."""
 
 api: Any = llama_cpp.llama_cpp
 """The bindings, untyped: their own annotations are partial and disagree with ctypes."""
@@ -59,6 +61,8 @@ class _Log:
         # progress dots and blank lines say nothing
         if not line.strip("."):
             return
+        if _HARMLESS in line:
+            level = _DEBUG
         if level == _ERROR:
             with self.lock:
                 self.errors = [*self.errors[-7:], line]

@@ -20,6 +20,7 @@ from localllm.llama import lib
 from localllm.llama.context import Context
 from localllm.llama.lib import api
 from localllm.llama.model import Model
+from localllm.prompt.gate import Part, ReasoningGate
 from localllm.types import Sampling
 
 LARGEST_WINDOW = 1 << 17
@@ -37,8 +38,17 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 class Sampler:
     """The sampling state of one sequence: random numbers, recent tokens, grammar position."""
 
-    def __init__(self, model: Model, sampling: Sampling, *, seed: int, grammar: str = "", triggers: tuple[str, ...] = ()) -> None:
-        """Build the chain; `triggers` (regular expressions) make the grammar wait until one matches.
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        *,
+        seed: int,
+        grammar: str = "",
+        triggers: tuple[str, ...] = (),
+        gate: ReasoningGate | None = None,
+    ) -> None:
+        """Build the chain; `triggers` (regular expressions) make the grammar wait until one matches outside of reasoning.
 
         Raises GrammarError for a grammar that llama.cpp does not accept and InvalidRequest for a
         logit bias outside the vocabulary.
@@ -48,6 +58,9 @@ class Sampler:
         # to llama.cpp the largest 32-bit number means a random seed
         self.seed = seed % 0xFFFFFFFF
         self._n_vocab = model.n_vocab
+        self._piece = model.piece
+        self._gate = gate if triggers else None
+        self._unheard: list[int] = []
         self._memory = _memory(model, sampling)
         for token, _ in sampling.logit_bias:
             if not 0 <= token < model.n_vocab:
@@ -77,6 +90,10 @@ class Sampler:
         """Choose the token after batch row `row` and remember it."""
         if self.grammar is None:
             return int(api.llama_sampler_sample(self.chain, context.handle, row))
+        if self._gate is not None:
+            token = int(api.llama_sampler_sample(self.chain, context.handle, row))
+            self._hear(token, self._gate)
+            return token
         logits = context.logits(row)
         token = self._choose(logits, constrained=False)
         if not self._allowed(token):
@@ -92,6 +109,16 @@ class Sampler:
         """Let the penalties see the prompt; the grammar does not."""
         for token in tokens[-self._memory :] if self._memory else ():
             api.llama_sampler_accept(self.chain, token)
+
+    def _hear(self, token: int, gate: ReasoningGate) -> None:
+        """Give the grammar what turned out to be the answer; it restricts nothing before a trigger has matched."""
+        part = gate.push(self._piece(token))
+        self._unheard = [] if part is Part.REASONING else [*self._unheard, token]
+        if part is Part.ANSWER:
+            for unheard in self._unheard:
+                api.llama_sampler_accept(self.grammar, unheard)
+        if gate.part is Part.ANSWER:
+            self._gate = None
 
     def _choose(self, logits: npt.NDArray[np.float32], *, constrained: bool) -> int:
         candidates = self._candidates

@@ -50,6 +50,11 @@ class ToolGrammar:
     triggers: tuple[str, ...] = ()
 
 
+def reasoning_tags(family: Family) -> tuple[str, str]:
+    """What opens and closes reasoning in this family."""
+    return _REASONING.get(family, _THINK)[:2]
+
+
 def tool_call_grammar(
     tools: Sequence[Mapping[str, Any]],
     family: Family,

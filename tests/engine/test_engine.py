@@ -148,7 +148,7 @@ async def test_a_prompt_longer_than_the_context_is_an_error_before_work(engine: 
 
 
 @pytest.mark.parametrize(
-    ("request_", "kind"),
+    "request_, kind",
     [
         (Request(messages=CAPITAL, sampling=Sampling(grammar="root ::= (")), "GrammarError"),
         (Request(messages=CAPITAL, sampling=Sampling(json_schema={"not": {}})), "GrammarError"),
