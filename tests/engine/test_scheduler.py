@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localllm.engine.scheduler import FIRST_CHUNK, MIN_CHUNK, Prompt, StepCost, share_rows
+from localllm.engine.scheduler import FIRST_CHUNK, IDLE_STEP_MS, MIN_CHUNK, Prompt, StepCost, share_rows
 
 prompts = st.lists(
     st.builds(
@@ -58,7 +58,7 @@ def test_prompt_chunks_follow_the_measured_cost() -> None:
         cost.record(20.0 + 64 * 2.0, decode_rows=4, prompt_rows=64)
     assert cost.prompt_rows(100.0, decoding=True) == 40
     assert cost.prompt_rows(21.0, decoding=True) == MIN_CHUNK
-    assert cost.prompt_rows(1000.0, decoding=False) == 500
+    assert cost.prompt_rows(100.0, decoding=False) == IDLE_STEP_MS / 2
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 1e4), st.integers(0, 64), st.integers(0, 512)), max_size=30))

@@ -17,7 +17,7 @@ class Grammar:
 
     def __init__(self, text: str) -> None:
         self.rules: dict[str, tuple[tuple[Symbol, ...], ...]] = {}
-        for line in text.splitlines():
+        for line in text.split("\n"):
             name, _, body = line.partition(" ::= ")
             assert name not in self.rules, f"rule {name} is written twice"
             reader = _Reader(body)
@@ -184,9 +184,10 @@ class LlamaVocab:
     def __init__(self, model: Path) -> None:
         import llama_cpp
 
+        # importing it takes llama.cpp's log; a callback of our own would outlive this object in C
+        import localllm.llama.lib  # noqa: F401
+
         self.lib = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), params)
