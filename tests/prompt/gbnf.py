@@ -17,7 +17,7 @@ class Grammar:
 
     def __init__(self, text: str) -> None:
         self.rules: dict[str, tuple[tuple[Symbol, ...], ...]] = {}
-        for line in text.split("\n"):
+        for line in text.removesuffix("\n").split("\n"):
             name, _, body = line.partition(" ::= ")
             assert name not in self.rules, f"rule {name} is written twice"
             reader = _Reader(body)
