@@ -153,7 +153,8 @@ class Chat:
                 name, _, text = value.partition(" ")
                 self.manner = replace(self.manner, sampling=set_parameter(self.manner.sampling, name, text.strip()))
             case _:
-                raise UsageError(f"cannot set {rest or 'nothing'}", hint=f"use /set {COMMANDS['/set'].arguments}")
+                hint = "use /set parameter NAME VALUE, /set system TEXT or /set think on|off"
+                raise UsageError(f"cannot set {rest or 'nothing'}", hint=hint)
 
     async def show(self, _: str) -> None:
         now, default = asdict(self.manner.sampling), asdict(Sampling())
@@ -192,7 +193,7 @@ COMMANDS: dict[str, Command] = {
     "/exit": Command("", "the same", Chat.bye),
     "/clear": Command("", "forget the conversation, keep the system prompt", Chat.clear),
     "/retry": Command("", "ask the last question again", Chat.retry),
-    "/set": Command("parameter NAME VALUE | system TEXT | think on|off", "change how it answers", Chat.set),
+    "/set": Command("parameter NAME VALUE", "change how it answers; also: /set system TEXT, /set think on|off", Chat.set),
     "/show": Command("", "the model, the session and what was set", Chat.show),
     "/save": Command("NAME", "keep this chat", Chat.save),
     "/load": Command("NAME", "go on with a chat that was kept", Chat.load),
