@@ -260,6 +260,7 @@ def test_bench_prints_json_and_nothing_else_on_stdout(tmp_path: Path) -> None:
     assert "round 1 of 1: 2 streams, worker" in done.stderr
 
 
+@pytest.mark.slow
 async def test_bench_compares_all_arms(demo_small: Path) -> None:
     plan = make_plan(n_prompt=16, n_gen=4, concurrency=(1, 2), n_long=20, compare=True, shared_prefix=True)
     said: list[str] = []

@@ -205,6 +205,7 @@ has_attention = pytest.mark.parametrize("kind", ["plain", "hybrid", "window"])
 schedules = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 1 << 30)), min_size=20, max_size=70)
 
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("n_ctx, n_seq", [(512, 6), (300, 4), (256, 9)])
 def test_any_schedule_gives_the_logits_of_a_fresh_prefill(
