@@ -68,14 +68,12 @@ class KVPool:
     @property
     def used(self) -> int:
         """Cells holding computed tokens that the trie knows, twins included; never less than llama.cpp uses for them."""
-        twins = {twin for kept in self._twins.values() for twin in kept}
-        return self.trie.size + sum(twin.end - twin.start for twin in twins)
+        return self.trie.size + self._twin_cells(self._twins)
 
     @property
     def available(self) -> int:
         """Cells neither used nor promised; evicting residents can add to them."""
-        open_promises = sum(max(0, until - self.trie.length(slot)) for slot, until in self._promised.items())
-        return self.context.n_ctx - self.used - open_promises
+        return self.context.n_ctx - self.used - self._open_promises
 
     @property
     def n_resident(self) -> int:
@@ -287,12 +285,19 @@ class KVPool:
     def _could_fit(self, source: Source, cells: int) -> bool:
         """Whether there is room once every resident is gone but for what is shared: else evicting them is for nothing."""
         running = set(self._promised)
-        promised = sum(max(0, until - self.trie.length(slot)) for slot, until in self._promised.items())
-        held = self.trie.held(running, also=source.slot, length=source.length)
-        twins = {twin for slot in running for twin in self._twins.get(slot, ())}
-        held += sum(twin.end - twin.start for twin in twins)
+        held = self.trie.held(running, also=source.slot, length=source.length) + self._twin_cells(running)
         shared = source.length if source.slot >= 0 else 0
-        return held + promised + cells - shared <= self.context.n_ctx
+        return held + self._open_promises + cells - shared <= self.context.n_ctx
+
+    @property
+    def _open_promises(self) -> int:
+        """Cells promised to running slots and not used yet."""
+        return sum(max(0, until - self.trie.length(slot)) for slot, until in self._promised.items())
+
+    def _twin_cells(self, slots: Iterable[int]) -> int:
+        """Cells of the twins that `slots` have, shared ones counted once."""
+        twins = {twin for slot in slots for twin in self._twins.get(slot, ())}
+        return sum(twin.end - twin.start for twin in twins)
 
     def _make_room(self, need: int) -> bool:
         while self.available < need:

@@ -133,17 +133,11 @@ class StepLoop:
         now = clock()
         target = self.cost.prompt_rows(self.step_target_ms, decoding=n_decoding > 0)
         budget = min(self.context.n_batch - n_decoding, target)
-        prompts = (
-            Prompt(
-                key=i,
-                remaining=s.pending,
-                limit=s.pauses[0] - s.n_past if s.pauses else s.pending,
-                rank=s.job.order(now)[0],
-                deadline_s=s.job.order(now)[1],
-                waited_s=now - s.job.submitted_s,
-            )
-            for i, s in enumerate(prefilling)
-        )
+        prompts: list[Prompt] = []
+        for i, s in enumerate(prefilling):
+            rank, deadline_s, submitted_s = s.job.order(now)
+            limit = s.pauses[0] - s.n_past if s.pauses else s.pending
+            prompts.append(Prompt(i, s.pending, limit, rank, deadline_s, waited_s=now - submitted_s))
         return [(prefilling[i], n) for i, n in share_rows(prompts, budget, self.cost.rows_per_second).items()]
 
     def _fill(self, decoding: list[Sequence], chunks: list[tuple[Sequence, int]]) -> int:

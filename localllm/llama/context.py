@@ -91,7 +91,6 @@ class Context:
         self.n_batch = int(api.llama_n_batch(handle))
         self.n_outputs = int(c.n_outputs_max)
         self.n_vocab = model.n_vocab
-        self.can_shift = bool(api.llama_memory_can_shift(self.memory))
 
         n = self.n_batch
         self.tokens: npt.NDArray[np.int32] = np.zeros(n, np.int32)

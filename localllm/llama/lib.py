@@ -175,7 +175,3 @@ def build() -> str:
     """Version of the bindings and the CPU features and backends compiled in, as one stable line."""
     info = (api.llama_print_system_info() or b"").decode("utf-8", "replace").strip()
     return f"llama-cpp-python {llama_cpp.__version__} ({info})"
-
-
-def supports_gpu_offload() -> bool:
-    return bool(api.llama_supports_gpu_offload())
