@@ -1,7 +1,7 @@
 """The language of the worker's pipe: JSON objects, one a line, and our frozen dataclasses in them.
 
 It knows how a value becomes text and back, how a line is bounded, and how lines of several threads
-leave in one write. What the lines mean is worker.py's and process.py's business.
+leave without being mixed. What the lines mean is worker.py's and process.py's business.
 
 Fields that hold their default are left out, tuples travel as arrays and come back as tuples, and
 infinities travel as Python's json writes them (`-Infinity`). Text is pure ASCII, so that half a
@@ -91,6 +91,33 @@ def read_lines(pipe: BinaryIO) -> Iterator[bytes | InvalidRequest]:
         yield InvalidRequest(f"a line has more than {MAX_LINE_BYTES:,} bytes", hint="send less text")
 
 
+class Pipe:
+    """Lines of any thread, written by the thread that puts them: a worker's way out, where a hand-over would cost a
+    wake-up per token. Who puts a line waits while the pipe is full; the parent reads it without pause.
+
+    Lines after the pipe broke are dropped.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Takes over `fd` and closes it at the end."""
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._open = True
+
+    def put(self, line: bytes) -> None:
+        with self._lock:
+            try:
+                if self._open:
+                    _write(self._fd, line)
+            except OSError:
+                self._open = False
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+            os.close(self._fd)
+
+
 class LineWriter:
     """Lines of any thread, written by one thread of its own: whatever gathered meanwhile leaves in one write.
 
@@ -116,9 +143,7 @@ class LineWriter:
     def _run(self) -> None:
         try:
             while gathered := self._gather():
-                rest = memoryview(gathered)
-                while rest:
-                    rest = rest[os.write(self._fd, rest) :]
+                _write(self._fd, gathered)
         except OSError:
             pass
         finally:
@@ -135,6 +160,12 @@ class LineWriter:
             line = self._lines.get()
         self._lines.put(None)
         return b"".join(lines)
+
+
+def _write(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
 
 
 def _plain(value: Any) -> Any:

@@ -84,7 +84,7 @@ class Stream:
 class Worker:
     """Turns lines into calls of one engine, and what it says into lines. No line makes it end but `shutdown`."""
 
-    def __init__(self, load: Load, out: wire.LineWriter) -> None:
+    def __init__(self, load: Load, out: wire.Pipe) -> None:
         self._load = load
         self._out = out
         self._engine: LoadedEngine | None = None
@@ -241,7 +241,7 @@ def main(role: str = "engine", load: Load = load_engine) -> None:
         raise UsageError(f"no worker has the role {role!r}", hint="use engine")
     pipe_in, pipe_out = isolate()
     with open(pipe_in, "rb") as lines:
-        Worker(load, wire.LineWriter(pipe_out, "lines-out")).run(wire.read_lines(lines))
+        Worker(load, wire.Pipe(pipe_out)).run(wire.read_lines(lines))
     sys.stdout.flush()
     # An operation that still runs would hold up an orderly exit, and C++ destructors can only make trouble now.
     os._exit(0)
