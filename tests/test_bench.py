@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -304,3 +305,21 @@ def test_bad_flags_are_explained(arguments: list[str], code: int, said: str) -> 
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_keeps_the_complete_rounds() -> None:
+    arguments = ["demo", "-p", "8", "-n", "8", "--concurrency", "1", "-r", "100000", "--json"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "localllm", "bench", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("round 3 "):
+            child.send_signal(signal.SIGINT)
+            break
+    out, err = child.communicate(timeout=60)
+    assert "complete rounds" in err
+    assert len(json.loads(out)["arms"][0]["runs"]) >= 2
+    assert child.returncode == 0

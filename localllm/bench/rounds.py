@@ -70,7 +70,8 @@ class Arms:
 async def run_plan(plan: Plan, config: EngineConfig, repeats: int, report: Report) -> tuple[dict[str, Any], list[Record]]:
     """Load every arm, run `repeats` rounds; returns the engine's own report and the runs.
 
-    Raises UsageError when a workload does not fit the context.
+    Cancelled after a complete round, it returns the complete ones. Raises UsageError when a workload
+    does not fit the context.
     """
     processes: dict[str, EngineProcess] = {}
     try:
@@ -92,12 +93,19 @@ async def _rounds(plan: Plan, loaded: Arms, repeats: int, report: Report) -> lis
         # a workload of its own size, so that buffers, page tables and the engine's own estimates are there
         await loaded.run(name, await loaded.case(replace(workload, n_gen=min(workload.n_gen, WARM_UP_TOKENS)), "warm-up"))
     for number in range(repeats):
-        for workload in plan.workloads:
-            case = await loaded.case(workload, f"{number} {workload.name}")
-            turn = number % len(workload.arms)
-            for name in (*workload.arms[turn:], *workload.arms[:turn]):
-                report(f"round {number + 1} of {repeats}: {workload.name}, {name}")
-                records.append(Record(name, workload.name, number, await loaded.run(name, case)))
+        done = len(records)
+        try:
+            for workload in plan.workloads:
+                case = await loaded.case(workload, f"{number} {workload.name}")
+                turn = number % len(workload.arms)
+                for name in (*workload.arms[turn:], *workload.arms[:turn]):
+                    report(f"round {number + 1} of {repeats}: {workload.name}, {name}")
+                    records.append(Record(name, workload.name, number, await loaded.run(name, case)))
+        except asyncio.CancelledError:
+            if not done:
+                raise
+            report(f"interrupted: what follows are the {number} complete rounds")
+            return records[:done]
     return records
 
 
