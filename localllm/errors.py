@@ -9,7 +9,11 @@
     │   ├── GrammarError       a grammar or JSON schema that does not parse
     │   └── TemplateError      a chat template that raises, loops or grows too large
     ├── ModelError             a file that is not a usable model                        exit 1, 422
-    ├── DoesNotFit             not enough memory                                        exit 4, 507
+    ├── DoesNotFit             not enough memory, or disk                               exit 4, 507
+    ├── NetworkError           the network failed, or may not be used                   exit 5, 502
+    │   └── Offline            it was asked for while offline
+    ├── VerificationFailed     bytes are not the bytes they should be                   exit 6, 422
+    ├── NotAuthorised          a missing or refused token                               exit 7, 401
     ├── Overloaded             the queue is full                                        exit 1, 429
     ├── EngineError            decoding failed for this request; the engine lives on    exit 1, 500
     └── EngineDied             the worker process ended; the next request restarts it   exit 1, 503
@@ -98,6 +102,34 @@ class DoesNotFit(LocalLLMError):
     exit_code = 4
     http_status = 507
     type = "insufficient_memory_error"
+
+
+class NetworkError(LocalLLMError):
+    """A host could not be reached, or answered with nonsense."""
+
+    exit_code = 5
+    http_status = 502
+    type = "network_error"
+
+
+class Offline(NetworkError):
+    """Something needs the network, and localllm was told to stay off it."""
+
+
+class VerificationFailed(LocalLLMError):
+    """A hash, a size or a signature does not match."""
+
+    exit_code = 6
+    http_status = 422
+    type = "verification_error"
+
+
+class NotAuthorised(LocalLLMError):
+    """A token is missing, wrong, or has no access."""
+
+    exit_code = 7
+    http_status = 401
+    type = "authentication_error"
 
 
 class Overloaded(LocalLLMError):

@@ -28,6 +28,16 @@ class Directories:
         return self.config / "config.toml"
 
     @property
+    def models(self) -> Path:
+        """Downloaded models: `<publisher>/<repo>/<file>.gguf`, LM Studio's layout."""
+        return self.data / "models"
+
+    @property
+    def catalog_file(self) -> Path:
+        """The user's own `models.toml`, laid over the shipped one."""
+        return self.config / "models.toml"
+
+    @property
     def kv_states(self) -> Path:
         """Saved sequence states of the prefix cache."""
         return self.cache / "kv"

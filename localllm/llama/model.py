@@ -6,8 +6,10 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 
 from localllm.errors import EngineError, InvalidRequest, ModelError
+from localllm.gguf import read_model
 from localllm.llama import lib
 from localllm.llama.lib import api
 
@@ -33,11 +35,11 @@ class Model:
         load_mode: str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        """Load `path`; raises ModelError for an unusable file, LoadAborted if `progress` said so."""
+        """Load `path`, or the whole of which it is a part; raises ModelError for an unusable file, LoadAborted if `progress` said so."""
+        # no file reaches C code unchecked; of a split model llama.cpp wants the first part
+        path = str(read_model(Path(path)).files[0])
         self.path = path
         self.handle: int | None = None
-        if not os.path.isfile(path):
-            raise ModelError(f"no file at {path}", hint="check the path")
         params = api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = _LOAD_MODES[load_mode]

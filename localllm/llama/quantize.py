@@ -16,6 +16,7 @@ from pathlib import Path
 from llama_cpp import llama_cpp as api
 
 from localllm.errors import ModelError
+from localllm.gguf import read_model
 from localllm.llama import lib
 
 TYPES = {"f16": api.LLAMA_FTYPE_MOSTLY_F16, "q8_0": api.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_k_m": api.LLAMA_FTYPE_MOSTLY_Q4_K_M}
@@ -23,6 +24,7 @@ TYPES = {"f16": api.LLAMA_FTYPE_MOSTLY_F16, "q8_0": api.LLAMA_FTYPE_MOSTLY_Q8_0,
 
 def quantize(source: Path, target: Path, kind: str) -> None:
     """Write `source` as `target` in the type `kind`; a quantised source loses a little more. Raises ModelError."""
+    source = read_model(source).files[0]
     params = api.llama_model_quantize_default_params()
     params.ftype = TYPES[kind]
     params.allow_requantize = True

@@ -66,7 +66,7 @@ def test_a_file_that_is_no_model_is_a_model_error_and_the_terminal_stays_clean(
 ) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(data)
-    with pytest.raises(ModelError, match="bad.gguf cannot be loaded: .*[a-z]") as caught:
+    with pytest.raises(ModelError, match="bad.gguf (cannot be loaded:|is) .*[a-z]") as caught:
         Model(str(path))
     assert "no reason" not in caught.value.message
     assert caught.value.hint
@@ -78,7 +78,7 @@ def test_a_truncated_file_is_a_model_error(tmp_path: Path, tiny: Path, capfd: py
     data = tiny.read_bytes()
     path = tmp_path / "half.gguf"
     path.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(ModelError, match="half.gguf cannot be loaded"):
+    with pytest.raises(ModelError, match="half.gguf is incomplete"):
         Model(str(path))
     assert capfd.readouterr() == ("", "")
 
