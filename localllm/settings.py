@@ -41,6 +41,12 @@ def parse_bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 
 
+ENGINE_OPTIONS = (
+    *("n_ctx", "n_seq", "n_threads", "n_gpu_layers", "type_k", "type_v", "flash_attn"),
+    *("cache_ram_bytes", "state_disk_bytes"),
+)
+
+
 class Settings(BaseModel):
     """Every setting with its default; the names are the keys of `config.toml` and, in capitals, of LOCALLLM_*."""
 
@@ -66,6 +72,12 @@ class Settings(BaseModel):
     """RAM for prompts kept to be reused, as bytes or "2GiB"; 0 turns it off."""
     state_disk_bytes: Bytes = 4 << 30
     """Disk for saved chats' KV state, as bytes or "2GiB"; 0 turns it off."""
+    models_dir: str = ""
+    """Folder for downloaded models; empty takes `models` in the data directory."""
+    offline: bool = False
+    """Never use the network: pull and search refuse, whatever else is set."""
+    limit_rate: Bytes = 0
+    """Most bytes per second for downloads, as bytes or "10MB"; 0 is no limit."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """How much goes to the log."""
     color: bool = True
@@ -73,12 +85,14 @@ class Settings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """The settings that an engine takes, under the names of `EngineConfig`."""
-        return self.model_dump(exclude={"model", "log_level", "color"})
+        return self.model_dump(include=set(ENGINE_OPTIONS))
 
 
 FOREIGN: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     # https://no-color.org: present and not empty means off, whatever it holds.
     "NO_COLOR": ("color", lambda _: False),
+    # As huggingface_hub reads it.
+    "HF_HUB_OFFLINE": ("offline", lambda value: value.upper() in {"1", "ON", "YES", "TRUE"}),
 }
 """Other tools' variables that are honoured: variable -> (key, value it stands for)."""
 

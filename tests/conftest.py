@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from localllm.demo import demo_models
+from tests.hub_server import HubServer
 
 # a test run that was started in the background ignores SIGINT, and all it starts would, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -16,9 +18,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """LOCALLLM_HOME of this test; no other LOCALLLM_* variable and no NO_COLOR is set."""
+    """LOCALLLM_HOME of this test; no other LOCALLLM_* or HF_* variable and no NO_COLOR is set."""
     for name in os.environ:
-        if name.startswith("LOCALLLM_") or name == "NO_COLOR":
+        if name.startswith(("LOCALLLM_", "HF_")) or name == "NO_COLOR":
             monkeypatch.delenv(name)
     home = tmp_path / "home"
     monkeypatch.setenv("LOCALLLM_HOME", str(home))
@@ -33,3 +35,19 @@ def demo_large() -> Path:
 @pytest.fixture(scope="session")
 def demo_small() -> Path:
     return demo_models()["demo-small"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of this test's own: HF_ENDPOINT points to it, without a proxy between and without this machine's token."""
+    from huggingface_hub import close_session
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        yield server
+        close_session()
