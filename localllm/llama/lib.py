@@ -120,6 +120,8 @@ class Device:
     kind: str
     free_bytes: int
     total_bytes: int
+    device_id: str = ""
+    """Its PCI address, as `0000:01:00.0`; empty where the backend does not tell."""
 
 
 _KINDS = ("cpu", "gpu", "igpu", "accel", "meta")
@@ -143,32 +145,51 @@ def _bind(name: str, result: Any, *arguments: Any) -> Any:
     return function
 
 
+class _Caps(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_bool) for name in ("async_", "host_buffer", "buffer_from_host_ptr", "events", "mmap_support")]
+
+
+class _Props(ctypes.Structure):
+    """ggml_backend_dev_props."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("caps", _Caps),
+    ]
+
+
 _dev_count = _bind("ggml_backend_dev_count", ctypes.c_size_t)
 _dev_get = _bind("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
-_dev_name = _bind("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
-_dev_description = _bind("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
-_dev_type = _bind("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
-_dev_memory = _bind("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t))
+_dev_props = _bind("ggml_backend_dev_get_props", None, ctypes.c_void_p, ctypes.POINTER(_Props))
 
 
 def devices() -> list[Device]:
     """Every device that this build can use, in llama.cpp's order."""
     out: list[Device] = []
     for i in range(_dev_count()):
-        dev = _dev_get(i)
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        _dev_memory(dev, ctypes.byref(free), ctypes.byref(total))
-        kind = int(_dev_type(dev))
+        props = _Props()
+        _dev_props(_dev_get(i), ctypes.byref(props))
+        kind = int(props.type)
         out.append(
             Device(
-                name=_dev_name(dev).decode("utf-8", "replace"),
-                description=_dev_description(dev).decode("utf-8", "replace"),
+                name=_text(props.name),
+                description=_text(props.description),
                 kind=_KINDS[kind] if 0 <= kind < len(_KINDS) else "unknown",
-                free_bytes=free.value,
-                total_bytes=total.value,
+                free_bytes=props.memory_free,
+                total_bytes=props.memory_total,
+                device_id=_text(props.device_id),
             )
         )
     return out
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "replace")
 
 
 def build() -> str:
