@@ -32,10 +32,10 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make a rename in `path` survive a power cut; a file system or OS that cannot is left alone."""
     if os.name == "nt":
         return
