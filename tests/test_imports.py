@@ -39,7 +39,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert not loaded & (HEAVY | {"pydantic"})
 
 
-@pytest.mark.parametrize("command", ["run", "bench", "config"])
+@pytest.mark.parametrize("command", ["run", "bench", "config", "pull", "list", "hardware", "doctor"])
 def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
     # typer itself brings pydantic here, to convert arguments.
     assert not modules_after(COMMAND.format([command, "--help"])) & HEAVY

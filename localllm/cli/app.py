@@ -13,8 +13,14 @@ from typing import Annotated
 import typer
 
 from localllm import __version__
-from localllm.cli import config
+from localllm.cli import bundle, config
+from localllm.cli.adopt import adopt, import_
 from localllm.cli.bench import bench
+from localllm.cli.disk import df, prune
+from localllm.cli.doctor import doctor
+from localllm.cli.hardware import hardware
+from localllm.cli.models import alias, list_, rm, show, verify
+from localllm.cli.pull import pull, search
 from localllm.cli.run import run
 from localllm.errors import LocalLLMError
 
@@ -44,6 +50,21 @@ def options(
 
 app.command(rich_help_panel="Models")(run)
 app.command(rich_help_panel="Models")(bench)
+app.command(rich_help_panel="Models")(pull)
+app.command(rich_help_panel="Models")(search)
+app.command("list", rich_help_panel="Disk")(list_)
+app.command("ls", hidden=True)(list_)
+app.command(rich_help_panel="Disk")(show)
+app.command(rich_help_panel="Disk")(rm)
+app.command(rich_help_panel="Disk")(alias)
+app.command("import", rich_help_panel="Disk")(import_)
+app.command(rich_help_panel="Disk")(adopt)
+app.command(rich_help_panel="Disk")(verify)
+app.command(rich_help_panel="Disk")(df)
+app.command(rich_help_panel="Disk")(prune)
+app.add_typer(bundle.app, name="bundle", rich_help_panel="Disk")
+app.command(rich_help_panel="Machine")(hardware)
+app.command(rich_help_panel="Machine")(doctor)
 app.add_typer(config.app, name="config", rich_help_panel="Settings")
 
 
@@ -75,6 +96,10 @@ def main() -> None:
 
 
 def _complain(message: str, hint: str) -> None:
+    # A file's name, or a text in one, may hold what steers a terminal.
+    from localllm.cli.output import visible
+
+    message, hint = visible(message), visible(hint)
     with suppress(OSError):
         print(f"error: {message}", file=sys.stderr)
         if hint:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from localllm.hardware import Device, Hardware, Memory
+    from localllm.hardware.machine import Measure
 
 GIB = 1 << 30
 BAR_WIDTH = 28
@@ -30,7 +31,7 @@ def hardware(
     import dataclasses
     import json
 
-    found = _look(measure=measure)
+    found = look("always" if measure else "missing")
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return
@@ -73,7 +74,7 @@ def show(found: Hardware, console: Console) -> None:
         console.print(Text(visible(f"warning: {warning}"), style="yellow"))
 
 
-def _look(*, measure: bool) -> Hardware:
+def look(measure: Measure = "never") -> Hardware:
     """This machine with the engine's devices; an engine that does not start is a warning, the rest is still worth seeing."""
     import dataclasses
 
@@ -84,7 +85,7 @@ def _look(*, measure: bool) -> Hardware:
 
     engine = ask_engine(probe_command(System.here()))
     devices = None if engine.death else engine.devices
-    found = detect(devices, state=directories().state, measure="always" if measure else "missing")
+    found = detect(devices, state=directories().state, measure=measure)
     return dataclasses.replace(found, warnings=(*found.warnings, ENGINE_DEAD)) if engine.death else found
 
 

@@ -28,7 +28,7 @@ def probe() -> dict[str, Any]:
         "build": lib.build(),
         "backends": _backends(),
         "gpu_offload": bool(lib.api.llama_supports_gpu_offload()),
-        "devices": [{**asdict(device), "device_id": ident} for device, ident in zip(lib.devices(), _device_ids(), strict=True)],
+        "devices": [asdict(device) for device in lib.devices()],
         "libraries": (libraries := _libraries()),
         "foreign": [path for path in libraries if Path(path).resolve().parent != own],
     }
@@ -42,35 +42,6 @@ def _backends() -> list[str]:
     get = bind("ggml_backend_reg_get", ctypes.c_void_p, ctypes.c_size_t)
     name = bind("ggml_backend_reg_name", ctypes.c_char_p, ctypes.c_void_p)
     return [name(get(i)).decode("utf-8", "replace") for i in range(count())]
-
-
-class _Props(ctypes.Structure):
-    """ggml_backend_dev_props, with room for capabilities to come."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("description", ctypes.c_char_p),
-        ("memory_free", ctypes.c_size_t),
-        ("memory_total", ctypes.c_size_t),
-        ("type", ctypes.c_int),
-        ("device_id", ctypes.c_char_p),
-        ("capabilities", ctypes.c_uint8 * 64),
-    )
-
-
-def _device_ids() -> list[str]:
-    """The PCI address of every device as `0000:c1:00.0`, empty for one without."""
-    from localllm.llama.lib import _bind as bind  # pyright: ignore[reportPrivateUsage]
-
-    count = bind("ggml_backend_dev_count", ctypes.c_size_t)
-    get = bind("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
-    read = bind("ggml_backend_dev_get_props", None, ctypes.c_void_p, ctypes.POINTER(_Props))
-    found: list[str] = []
-    for i in range(count()):
-        props = _Props()
-        read(get(i), ctypes.byref(props))
-        found.append((props.device_id or b"").decode("utf-8", "replace"))
-    return found
 
 
 def _libraries() -> list[str]:
