@@ -78,12 +78,11 @@ def look(measure: Measure = "never") -> Hardware:
     """This machine with the engine's devices; an engine that does not start is a warning, the rest is still worth seeing."""
     import dataclasses
 
-    from localllm.doctor.engine import ask_engine, probe_command
-    from localllm.doctor.system import System
     from localllm.hardware import detect
     from localllm.paths import directories
+    from localllm.probe import ask_engine
 
-    engine = ask_engine(probe_command(System.here()))
+    engine = ask_engine()
     devices = None if engine.death else engine.devices
     found = detect(devices, state=directories().state, measure=measure)
     return dataclasses.replace(found, warnings=(*found.warnings, ENGINE_DEAD)) if engine.death else found

@@ -12,8 +12,8 @@ from typing import Literal, cast
 from localllm.doctor.system import System
 from localllm.hardware.drm import VENDORS
 from localllm.hardware.sources import parse_int, read_text
+from localllm.probe import Backend
 
-Backend = Literal["cuda", "hip", "vulkan", "metal"]
 """What llama.cpp is built with for a card."""
 Vendor = Literal["NVIDIA", "AMD", "Intel", "Apple"]
 

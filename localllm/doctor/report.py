@@ -10,7 +10,7 @@ from typing import Any
 
 from localllm import __version__
 from localllm.doctor.cards import Card, find_cards
-from localllm.doctor.engine import Engine, ask_engine, judge_cpu, judge_engine, probe_command
+from localllm.doctor.engine import judge_cpu, judge_engine
 from localllm.doctor.environment import judge_permissions, judge_settings, judge_terminal, judge_variables, models_folder
 from localllm.doctor.finding import Finding, worst
 from localllm.doctor.hub import Ask, Reach, judge_reach, reach
@@ -21,6 +21,7 @@ from localllm.hardware import Memory
 from localllm.hardware.cpu import cpu_name
 from localllm.hardware.machine import is_wsl
 from localllm.hardware.memory import read_memory
+from localllm.probe import Engine, ask_engine, probe_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def examine(
     """
     settings, findings = judge_settings(system)
     models = models_folder(system, settings)
-    engine = ask_engine(probe or probe_command(system), system.env)
+    engine = ask_engine(probe or probe_command(system.python), system.env)
     cards = find_cards(system)
     memory, odd = read_memory(system.sources)
     disks = read_disks(system, models, mounts())

@@ -10,8 +10,8 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Literal
 
-from localllm.doctor.cards import Backend
 from localllm.doctor.system import System
+from localllm.probe import Backend
 
 ENGINE = "llama-cpp-python"
 Build = Literal["cpu", "cuda", "hip", "vulkan", "metal"]

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from localllm.doctor.engine import Engine
 from localllm.doctor.finding import Finding
 from localllm.doctor.system import System
 from localllm.hardware import Sources
 from localllm.paths import Directories
+from localllm.probe import Engine
 
 CPU = {"name": "CPU", "description": "AMD EPYC", "kind": "cpu", "free_bytes": 8 << 30, "total_bytes": 8 << 30}
 GPU = {"name": "CUDA0", "description": "NVIDIA L4", "kind": "gpu", "free_bytes": 20 << 30, "total_bytes": 23 << 30}

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from localllm.doctor.cards import find_cards
-from localllm.doctor.engine import Engine, ask_engine, judge_cpu, judge_engine, probe_command
+from localllm.doctor.engine import judge_cpu, judge_engine
 from localllm.doctor.finding import Finding
 from localllm.doctor.system import System
 from localllm.doctor.tools import pinned_version, rebuild_command
+from localllm.probe import Engine, ask_engine
 from tests.doctor.machines import CPU, HEALTHY, PINNED, WITH_CUDA, Machine, ids, probe_saying, write
 from tests.doctor.test_cards import NVIDIA, drm
 
@@ -35,7 +36,7 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def test_the_installed_engine_answers() -> None:
-    engine = ask_engine(probe_command(System.here()))
+    engine = ask_engine()
     assert engine.death == ""
     assert engine.version == metadata.version("llama-cpp-python")
     assert engine.version in engine.build
@@ -58,7 +59,7 @@ def test_a_library_from_elsewhere_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     for file in own.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
-    engine = ask_engine(probe_command(System.here()))
+    engine = ask_engine()
     if sys.platform == "linux":
         assert engine.foreign
     finding = next(f for f in judge_engine(System.here(), engine, []) if f.id == "foreign-ggml")

@@ -12,8 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from localllm.cli.hardware import ENGINE_DEAD, hardware, show
-from localllm.doctor.engine import Engine
 from localllm.hardware import Device, Hardware, Memory, bandwidth
+from localllm.probe import Engine
 from tests.hardware.recorded import GIB
 
 app = typer.Typer()
@@ -87,7 +87,7 @@ def test_an_old_terminal_gets_plain_characters() -> None:
 def engine(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     """What the probe child says, first and only; and a bandwidth that costs nothing."""
     said = [Engine(devices=())]
-    monkeypatch.setattr("localllm.doctor.engine.ask_engine", lambda *_: said[0])
+    monkeypatch.setattr("localllm.probe.ask_engine", lambda *_: said[0])
     rates = iter([10e9, 20e9])
     monkeypatch.setattr(bandwidth, "measure", lambda *_: next(rates))
     return said
