@@ -34,7 +34,9 @@ FILE = "model.gguf.bin"
 
 
 @pytest.fixture
-def server(hub: HubServer) -> HubServer:
+def server(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    # On a busy machine any part may look slow, and what a thread gives away it may have received already.
+    monkeypatch.setattr("localllm.parts.SLOW_S", 1000.0)
     return hub
 
 
@@ -337,7 +339,8 @@ def test_it_survives(case: Case, kind: Any, args: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_one_slow_connection_does_not_hold_up_the_end(case: Case) -> None:
+def test_one_slow_connection_does_not_hold_up_the_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localllm.parts.SLOW_S", 1.0)
     case.server.fault("model.gguf", "slow", per_connection=20_000, times=1)
     before = time.monotonic()
     case.fetch()
