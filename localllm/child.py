@@ -232,18 +232,21 @@ class Child:
 def obituary(pid: int, code: int, last_words: Sequence[str]) -> EngineDied:
     """How a worker ended: its exit code (negative: the signal that killed it) and the end of its log."""
     hint = "send the request again: that restarts it"
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        how = f"was killed by {name}"
-        if name == "SIGKILL":
-            hint += "; if memory was short, choose a smaller context or model"
-    else:
-        how = f"ended with exit code {code}"
-    words = _headline(last_words)
-    return EngineDied(f"the worker process {pid} {how}{words and ': ' + words}", hint=hint, last_words=list(last_words), exit_code=code)
+    if code == -getattr(signal, "SIGKILL", 9):
+        hint += "; if memory was short, choose a smaller context or model"
+    words = headline(last_words)
+    message = f"the worker process {pid} {how_it_ended(code)}{words and ': ' + words}"
+    return EngineDied(message, hint=hint, last_words=list(last_words), exit_code=code)
 
 
-def _headline(last_words: Sequence[str]) -> str:
+def how_it_ended(code: int) -> str:
+    """An exit code in words; a negative one is a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name if -code in set(signal.Signals) else f'signal {-code}'}"
+
+
+def headline(last_words: Sequence[str]) -> str:
     """The line that says most: what came right before Python's own crash report, else the last one; no mere log records."""
     lines = [line for line in last_words if line and not line.startswith(("DEBUG ", "INFO "))]
     for at, line in enumerate(lines):

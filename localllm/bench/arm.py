@@ -98,12 +98,10 @@ class BareArm(OneThreadArm):
     """A loop over llama.cpp's calls, on a context with the engine's settings."""
 
     def load(self, config: EngineConfig, progress: worker.OnProgress) -> None:
-        from localllm.engine.engine import context_params
+        from localllm.engine.opening import context_params, open_model
         from localllm.llama.context import Context
-        from localllm.llama.model import Model
 
-        tell = partial(progress, "weights")
-        model = Model(config.model_path, n_gpu_layers=config.n_gpu_layers, load_mode=config.load_mode, progress=tell)
+        model = open_model(config, progress=partial(progress, "weights"))
         self._context = Context(model, context_params(config, model))
 
     def run(self, case: Case) -> Run:
@@ -116,7 +114,7 @@ class LlamaArm(OneThreadArm):
     """`llama_cpp.Llama`, with room for one sequence."""
 
     def load(self, config: EngineConfig, progress: worker.OnProgress) -> None:
-        from localllm.engine.engine import context_params
+        from localllm.engine.opening import context_params
         from localllm.llama.high_level import HighLevel
         from localllm.llama.model import Model
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +11,8 @@ from localllm.errors import UsageError
 
 GIB = 1 << 30
 KVType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+MAX_DEVICES = 16
+"""As many as llama.cpp is built for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,13 @@ class EngineConfig:
     n_threads: int = 0
     n_gpu_layers: int = -1
     """-1 offloads all layers where there is a device."""
+    tensor_split: tuple[float, ...] = ()
+    """The share of each device, in llama.cpp's order; empty shares out by the memory that is free when the model loads."""
+    main_gpu: int = 0
+    """The one device that takes part with split_mode `none`; -1 is none at all."""
+    split_mode: Literal["none", "layer", "row"] = "layer"
+    overrides: tuple[tuple[str, str], ...] = ()
+    """Pairs of a regular expression of tensor names and the buffer for them, such as `CPU`; the first match wins (llama.cpp's -ot)."""
     type_k: KVType = "f16"
     type_v: KVType = "f16"
     flash_attn: Literal["auto", "on", "off"] = "auto"
@@ -54,4 +65,21 @@ class EngineConfig:
         check(self.n_ctx >= 0, f"n_ctx is {self.n_ctx}", "use 0 (automatic) or a number of tokens")
         check(self.n_batch >= 1 and self.n_ubatch >= 1, "n_batch and n_ubatch must be at least 1", "try 512")
         check(self.n_threads >= 0, f"n_threads is {self.n_threads}", "use 0 (physical cores) or more")
+        split = self.tensor_split
+        check(len(split) <= MAX_DEVICES, f"the tensor split names {len(split)} devices", f"name at most {MAX_DEVICES}")
+        check(all(math.isfinite(s) and s >= 0 for s in split), f"the tensor split is {split}", "use shares of 0 or more, such as 3,1")
+        check(not split or sum(split) > 0, "the tensor split gives no device a share", "use shares such as 3,1, or none")
+        alone = self.split_mode == "none"
+        check(self.main_gpu >= (-1 if alone else 0), f"main_gpu is {self.main_gpu}", "use 0 or more, or -1 with split mode none")
+        for pattern, buffer in self.overrides:
+            check(bool(pattern and buffer), f"the override {pattern!r}={buffer!r} is not complete", "write PATTERN=BUFFER")
+            check(_compiles(pattern), f"the override {pattern!r} is no regular expression", "see llama.cpp's -ot")
         check(self.cache_ram_bytes >= 0 and self.state_disk_bytes >= 0, "a cache size is negative", "use 0 to turn it off")
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

@@ -14,30 +14,28 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from localllm.engine.config import EngineConfig
 from localllm.engine.kv import KVPool
 from localllm.engine.loop import StepLoop
+from localllm.engine.opening import context_params, n_threads, open_model
 from localllm.engine.output import Output, Sink
 from localllm.engine.prepare import Preparer
 from localllm.engine.sequence import Job
 from localllm.engine.store import StateStore
 from localllm.errors import EngineError, InvalidRequest, LocalLLMError
-from localllm.hardware import physical_cores
 from localllm.inbox import Inbox
 from localllm.llama import lib
-from localllm.llama.context import Context, ContextParams
+from localllm.llama.breakdown import breakdown
+from localllm.llama.context import Context
 from localllm.llama.model import Model
 from localllm.types import Done, Event, Failed, Message, Request
 
 OnProgress = Callable[[str, float], bool]
 """Called with (stage, fraction); returning False aborts the load."""
-
-DEFAULT_CELLS = 8192
-RECURRENT_RESIDENTS = 4
-"""Each sequence of a recurrent model has a state of its own, so few are kept."""
 
 
 class Handle:
@@ -80,6 +78,7 @@ class Engine:
             step_target_ms=config.step_target_ms,
             max_queue=config.max_queue,
         )
+        self._memory = breakdown(context)
         self._closed = False
         self._users = 0
         """Threads that are using the model or giving the step loop work, besides its own."""
@@ -95,12 +94,7 @@ class Engine:
         `on_progress` returns False.
         """
         tell: OnProgress = on_progress or (lambda stage, fraction: True)
-        model = Model(
-            config.model_path,
-            n_gpu_layers=config.n_gpu_layers,
-            load_mode=config.load_mode,
-            progress=lambda fraction: tell("weights", fraction),
-        )
+        model = open_model(config, progress=lambda fraction: tell("weights", fraction))
         try:
             tell("context", 0.0)
             # OpenMP keeps a team for each living thread that ever decoded, and a second team makes the
@@ -210,10 +204,11 @@ class Engine:
             "n_ctx": self.n_ctx,
             "n_cells": self.context.n_ctx,
             "n_seq": self.config.n_seq,
-            "n_threads": _threads(self.config),
+            "n_threads": n_threads(self.config),
             "cut": self.pool.cut.value,
             "build": lib.build(),
             "devices": [device.name for device in lib.devices()],
+            "memory": [asdict(row) for row in self._memory],
         }
 
     def _remembers(self, job: Job) -> bool:
@@ -290,28 +285,6 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 def _chat(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, extra: dict[str, Any]) -> Request:
     return Request(messages=tuple(Message(**m) for m in messages), tools=tuple(tools or ()), template_kwargs=extra)
-
-
-def _threads(config: EngineConfig) -> int:
-    return config.n_threads or physical_cores()
-
-
-def context_params(config: EngineConfig, model: Model) -> ContextParams:
-    """How a context for `config` is made."""
-    residents = min(config.n_resident, RECURRENT_RESIDENTS) if model.is_recurrent or model.is_hybrid else config.n_resident
-    trained = model.n_ctx_train or DEFAULT_CELLS
-    return ContextParams(
-        n_ctx=config.n_ctx or min(trained * config.n_seq, DEFAULT_CELLS),
-        n_seq=config.n_seq + residents,
-        n_batch=max(config.n_batch, config.n_seq + residents),
-        n_ubatch=config.n_ubatch,
-        n_outputs=config.n_seq * (config.n_draft + 1),
-        n_threads=_threads(config),
-        type_k=config.type_k,
-        type_v=config.type_v,
-        flash_attn=config.flash_attn,
-        swa_full=config.swa_full,
-    )
 
 
 def _state_key(config: EngineConfig) -> str:

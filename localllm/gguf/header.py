@@ -93,6 +93,8 @@ class Header:
     """Equal when token ids stand for the same texts, trailing padding aside: what a draft model must share with its target."""
     files: tuple[Path, ...] = ()
     """The first part first; empty for a source that is not a file."""
+    raw_keys: tuple[bytes, ...] = field(default=(), repr=False)
+    """The metadata but the vocabulary, each key with its value as it lies in the file: what `write_outline` copies."""
 
     @property
     def architecture(self) -> str:

@@ -19,6 +19,7 @@ from localllm.gguf.types import ARRAY, RETIRED_TENSOR_TYPES, SCALARS, STRING, TE
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAX_ALIGNMENT = "general.alignment", 32, 1 << 16
+TOKENIZER = "tokenizer."
 MAX_KEYS = MAX_TENSORS = 1 << 15
 MAX_DIMENSIONS = 4
 MAX_NESTING = 4
@@ -55,8 +56,14 @@ def parse(cursor: Cursor) -> Header:
     if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
         raise cursor.damaged(f"it claims {n_tensors:,} tensors and {n_keys:,} metadata keys, {MAX_TENSORS:,} are the most")
     metadata: dict[str, Value] = {}
+    raw_keys: list[bytes] = []
     for _ in range(n_keys):
-        _key_and_value(cursor, metadata)
+        start = cursor.position
+        key = _key_and_value(cursor, metadata)
+        n_bytes = cursor.position - start
+        if not key.startswith(TOKENIZER) and n_bytes <= MAX_KEPT_ARRAY_BYTES:
+            cursor.spend(kept_bytes=n_bytes)
+            raw_keys.append(cursor.slice(start, n_bytes))
     alignment = _alignment(cursor, metadata)
     rows = [_row(cursor) for _ in range(n_tensors)]
     data_offset = -(-cursor.position // alignment) * alignment
@@ -71,6 +78,7 @@ def parse(cursor: Cursor) -> Header:
         file_bytes=cursor.file_bytes,
         tokenizer_hash=tokenizer_hash,
         vocab_hash=vocab_hash,
+        raw_keys=tuple(raw_keys),
     )
 
 
@@ -90,7 +98,8 @@ def _version(cursor: Cursor) -> int:
     raise ModelError(f"{cursor.name} is a GGUF file of version {version:,}, newer than this localllm", hint="update localllm")
 
 
-def _key_and_value(cursor: Cursor, metadata: dict[str, Value]) -> None:
+def _key_and_value(cursor: Cursor, metadata: dict[str, Value]) -> str:
+    """Read one entry into `metadata`; returns its key."""
     key = _name(cursor, "metadata key", MAX_KEY_BYTES)
     if key in metadata:
         raise cursor.damaged(f"its header has the key {quoted(key)} twice")
@@ -105,6 +114,7 @@ def _key_and_value(cursor: Cursor, metadata: dict[str, Value]) -> None:
         metadata[key] = _array(cursor)
     else:
         raise cursor.damaged(f"the value of {quoted(key)} is of the unknown type {kind:,}")
+    return key
 
 
 def _name(cursor: Cursor, what: str, most_bytes: int) -> str:

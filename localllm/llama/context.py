@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localllm.errors import DoesNotFit, EngineError, InvalidRequest
-from localllm.llama import lib
+from localllm.llama import buffers, lib
 from localllm.llama.lib import api
 from localllm.llama.model import Model
 
@@ -52,38 +52,27 @@ class Context:
     """KV cache and compute buffers of one model.
 
     Fill `tokens`, `positions`, `sequences` and `outputs` up to n rows, call `decode(n)`, then read
-    `logits(row)` for each row whose output flag was 1.
+    `logits(row)` for each row whose output flag was 1. The context of a model without allocated weights
+    has sizes and nothing else: it cannot decode.
     """
 
     def __init__(self, model: Model, params: ContextParams) -> None:
-        """Allocate; raises DoesNotFit when llama.cpp cannot."""
+        """Allocate; raises DoesNotFit when llama.cpp cannot, EngineError when it refuses without having allocated."""
         self.handle: int | None = None
         self.model = model
-        c = api.llama_context_default_params()
-        c.n_ctx = params.n_ctx
-        c.n_seq_max = params.n_seq
-        c.n_ubatch = min(params.n_ubatch, params.n_batch)
-        # while planning several micro-batches llama.cpp drops tokens from sliding windows that the first of
-        # them still needs, and the logits are wrong; one micro-batch a batch is planned and run at once
-        c.n_batch = c.n_ubatch if model.n_swa else params.n_batch
-        # llama.cpp reserves one output per sequence and aborts when told of fewer
-        c.n_outputs_max = min(max(params.n_outputs, params.n_seq), c.n_batch)
-        c.n_threads = c.n_threads_batch = params.n_threads
-        c.type_k = KV_TYPES[params.type_k]
-        c.type_v = KV_TYPES[params.type_v]
-        c.flash_attn_type = _FLASH[params.flash_attn]
-        c.swa_full = params.swa_full
-        c.kv_unified = True
-        c.no_perf = True
+        c = native(model, params)
         if params.n_seq > c.n_batch:
             raise BatchError(f"n_batch is {c.n_batch}, below {params.n_seq} sequences", hint="raise -b or lower -np")
         lib.take_errors()
-        handle = api.llama_init_from_model(model.handle, c)
+        with lib.log_lines() as lines:
+            handle = api.llama_init_from_model(model.handle, c)
         if not handle:
-            raise DoesNotFit(
-                f"llama.cpp could not create a context of {params.n_ctx} cells: {lib.take_errors() or 'no reason given'}",
-                hint="try a smaller context (-c) or f16 KV",
-            )
+            refusal = f"llama.cpp could not create a context of {params.n_ctx} cells: {lib.take_errors() or 'no reason given'}"
+            if model.no_alloc:
+                raise EngineError(refusal, hint="try other KV types, or flash attention")
+            raise DoesNotFit(refusal, hint="try a smaller context (-c) or f16 KV")
+        self.buffers = buffers.logged(lines)
+        """What llama.cpp logged of the buffers that the context has."""
         self.handle = handle
         self.memory = api.llama_get_memory(handle)
         self.n_ctx = int(api.llama_n_ctx(handle))
@@ -109,7 +98,7 @@ class Context:
             seq_id=ctypes.cast(self._pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
             logits=_pointer(self.outputs, ctypes.c_int8),
         )
-        self.can_cut = self._probe_cut()
+        self.can_cut = not model.no_alloc and self._probe_cut()
 
     def close(self) -> None:
         if self.handle is not None:
@@ -188,3 +177,24 @@ class Context:
 
 def _pointer(array: npt.NDArray[Any], kind: type[ctypes.c_int32 | ctypes.c_int8]) -> Any:
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
+def native(model: Model, params: ContextParams) -> Any:
+    """llama.cpp's structure for a context of `model`."""
+    c = api.llama_context_default_params()
+    c.n_ctx = params.n_ctx
+    c.n_seq_max = params.n_seq
+    c.n_ubatch = min(params.n_ubatch, params.n_batch)
+    # while planning several micro-batches llama.cpp drops tokens from sliding windows that the first of
+    # them still needs, and the logits are wrong; one micro-batch a batch is planned and run at once
+    c.n_batch = c.n_ubatch if model.n_swa else params.n_batch
+    # llama.cpp reserves one output per sequence and aborts when told of fewer
+    c.n_outputs_max = min(max(params.n_outputs, params.n_seq), c.n_batch)
+    c.n_threads = c.n_threads_batch = params.n_threads
+    c.type_k = KV_TYPES[params.type_k]
+    c.type_v = KV_TYPES[params.type_v]
+    c.flash_attn_type = _FLASH[params.flash_attn]
+    c.swa_full = params.swa_full
+    c.kv_unified = True
+    c.no_perf = True
+    return c

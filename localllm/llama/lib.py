@@ -45,6 +45,7 @@ class _Log:
     def __init__(self) -> None:
         self.local = threading.local()
         self.errors: list[str] = []
+        self.listeners: list[list[str]] = []
         self.lock = threading.Lock()
 
     def write(self, level: int, text: bytes) -> None:
@@ -61,6 +62,8 @@ class _Log:
         # progress dots and blank lines say nothing
         if not line.strip("."):
             return
+        for lines in self.listeners:
+            lines.append(line)
         if _HARMLESS in line:
             level = _DEBUG
         if level == _ERROR:
@@ -90,6 +93,19 @@ def take_errors() -> str:
     with _log.lock:
         errors, _log.errors = _log.errors, []
     return "; ".join(dict.fromkeys(errors))
+
+
+@contextmanager
+def log_lines() -> Generator[list[str]]:
+    """Collect what llama.cpp logs meanwhile, on any thread, whatever the logger's level."""
+    lines: list[str] = []
+    with _log.lock:
+        _log.listeners = [*_log.listeners, lines]
+    try:
+        yield lines
+    finally:
+        with _log.lock:
+            _log.listeners = [each for each in _log.listeners if each is not lines]
 
 
 _stderr_lock = threading.Lock()
@@ -139,7 +155,8 @@ _ggml = _handles()
 
 
 def _bind(name: str, result: Any, *arguments: Any) -> Any:
-    function = next(getattr(handle, name) for handle in _ggml if hasattr(handle, name))
+    # an item is a new object each time, an attribute one that all share, with its types
+    function = next(handle[name] for handle in _ggml if hasattr(handle, name))
     function.restype = result
     function.argtypes = arguments
     return function
@@ -171,9 +188,8 @@ _dev_props = _bind("ggml_backend_dev_get_props", None, ctypes.c_void_p, ctypes.P
 def devices() -> list[Device]:
     """Every device that this build can use, in llama.cpp's order."""
     out: list[Device] = []
-    for i in range(_dev_count()):
-        props = _Props()
-        _dev_props(_dev_get(i), ctypes.byref(props))
+    for address in device_addresses():
+        props = device_props(address)
         kind = int(props.type)
         out.append(
             Device(
@@ -186,6 +202,18 @@ def devices() -> list[Device]:
             )
         )
     return out
+
+
+def device_addresses() -> list[int]:
+    """Where ggml has its devices, in llama.cpp's order."""
+    return [_dev_get(i) for i in range(_dev_count())]
+
+
+def device_props(address: int) -> Any:
+    """What the device says of itself: ggml_backend_dev_props."""
+    props = _Props()
+    _dev_props(address, ctypes.byref(props))
+    return props
 
 
 def _text(value: bytes | None) -> str:

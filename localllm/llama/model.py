@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from localllm.errors import EngineError, InvalidRequest, ModelError
+from localllm.errors import EngineError, InvalidRequest, ModelError, UsageError
 from localllm.gguf import read_model
-from localllm.llama import lib
+from localllm.llama import buffers, lib
 from localllm.llama.lib import api
 
 Progress = Callable[[float], bool]
 """Called with the loaded fraction; returning False aborts the load."""
 
+_SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}
 _LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "direct-io": 4}
 _UNKNOWN, _CONTROL, _LSTRIP, _RSTRIP = 1 << 0, 1 << 3, 1 << 7, 1 << 8
 
@@ -32,17 +34,38 @@ class Model:
         path: str,
         *,
         n_gpu_layers: int = -1,
+        tensor_split: Sequence[float] = (),
+        main_gpu: int = 0,
+        split_mode: str = "layer",
+        overrides: Sequence[tuple[str, str]] = (),
         load_mode: str = "auto",
+        no_alloc: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Load `path`, or the whole of which it is a part; raises ModelError for an unusable file, LoadAborted if `progress` said so."""
+        """Load `path`, or the whole of which it is a part; raises ModelError for an unusable file, LoadAborted if `progress` said so.
+
+        `tensor_split` is the share of each device; `overrides` are pairs of a regular expression of tensor names and the buffer
+        for them, the first match wins; UsageError for more devices or other buffers than there are. With `no_alloc` nothing is
+        allocated and no weight is read: such a model serves to make contexts whose memory is asked for.
+        """
         # no file reaches C code unchecked; of a split model llama.cpp wants the first part
         path = str(read_model(Path(path)).files[0])
         self.path = path
         self.handle: int | None = None
         params = api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        params.load_mode = _LOAD_MODES[load_mode]
+        params.main_gpu = main_gpu
+        params.split_mode = _SPLIT_MODES[split_mode]
+        # llama.cpp keeps both pointers
+        self._split, self._overrides = _shares(tensor_split), _placements(overrides)
+        params.tensor_split = self._split
+        params.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p) if overrides else None
+        params.no_alloc = no_alloc
+        # llama.cpp aborts when told to map what it shall not allocate
+        params.load_mode = _LOAD_MODES["none" if no_alloc else load_mode]
+        self.no_alloc = no_alloc
+        self.maps_files = buffers.maps_files(load_mode, split_mode, main_gpu)
+        """Whether `load_mode` maps the file on this machine; with `no_alloc`, whether it would."""
         aborted = False
         failure: BaseException | None = None
 
@@ -57,7 +80,10 @@ class Model:
         callback = api.llama_progress_callback(on_progress)
         params.progress_callback = callback
         lib.take_errors()
-        handle = api.llama_model_load_from_file(os.fsencode(path), params)
+        with lib.log_lines() as lines:
+            handle = api.llama_model_load_from_file(os.fsencode(path), params)
+        self.buffers = buffers.logged(lines)
+        """What llama.cpp logged of the buffers with weights."""
         if failure is not None:
             if handle:
                 api.llama_model_free(handle)
@@ -175,3 +201,22 @@ class Model:
             if n < room:
                 return buffer.raw[: max(n, 0)].decode("utf-8", "replace")
             room = n + 1
+
+
+class _Override(ctypes.Structure):
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _shares(split: Sequence[float]) -> Any:
+    """llama.cpp reads as many numbers as it knows devices; null lets it split by free memory."""
+    if not split:
+        return None
+    room = int(api.llama_max_devices())
+    if len(split) > room:
+        raise UsageError(f"the tensor split names {len(split)} devices, llama.cpp takes {room}", hint="name fewer")
+    return (ctypes.c_float * room)(*split)
+
+
+def _placements(overrides: Sequence[tuple[str, str]]) -> Any:
+    """The pairs, ended by a pair of nulls."""
+    return (_Override * (len(overrides) + 1))(*((pattern.encode(), buffers.find(name)) for pattern, name in overrides))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localllm.errors import InvalidRequest, ModelError
+from localllm.errors import InvalidRequest, ModelError, UsageError
 from localllm.llama.model import LoadAborted, Model
 from tests.tiny_models import END, LONG, N_CTX_TRAIN, TURN, TURN_END, plain
 
@@ -250,3 +250,25 @@ def test_a_long_piece_comes_whole(tiny_model: Model) -> None:
 def test_every_token_has_a_piece(demo: Model, tiny_model: Model) -> None:
     for model in (demo, tiny_model):
         assert all(model.piece(token) for token in range(model.n_vocab) if token not in model.end_tokens)
+
+
+def test_placements_that_llama_cpp_cannot_take(demo_small: Path) -> None:
+    with pytest.raises(UsageError, match="17 devices"):
+        Model(str(demo_small), tensor_split=(1.0,) * 17)
+    with pytest.raises(UsageError, match="no buffer 'CUDA9'"):
+        Model(str(demo_small), overrides=(("output", "CUDA9"),))
+
+
+def test_overrides_are_kept_for_llama_cpp(demo_small: Path) -> None:
+    model = Model(str(demo_small), tensor_split=(1.0,), overrides=((r"blk\..*", "CPU"), ("output", "CPU")))
+    assert model.n_vocab == 2048
+    model.close()
+
+
+def test_no_alloc_reads_no_weights(demo_small: Path) -> None:
+    model = Model(str(demo_small), load_mode="mmap", no_alloc=True)
+    assert model.no_alloc
+    assert model.maps_files
+    assert model.size_bytes > 0
+    assert sum(each.n_bytes for each in model.buffers) == 0
+    model.close()
