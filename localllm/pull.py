@@ -113,6 +113,10 @@ def order(wanted: Wanted, library_folder: Any) -> Order:
 def _models(listing: Listing, spec: ModelSpec | None) -> tuple[RemoteModel, ...]:
     """The models of a repository; for an entry of the catalogue those that its patterns name."""
     if spec is None:
+        if not listing.models:
+            raise NotFound(
+                f"{listing.repo} holds no GGUF model", hint=f"look for one that does: localllm search {listing.repo.partition('/')[2]}"
+            )
         return listing.models
     models = models_in([file for file in listing.files if spec.quant_of(file.path)], listing.repo, listing.commit)
     if not models:

@@ -177,7 +177,7 @@ def choose_quant(models: Sequence[RemoteModel], memory_bytes: int, *, strict: bo
             hint="choose a smaller model, or name one with --quant to download it anyway",
         )
     model = _only([each for each in candidates if each.quant == model.quant])
-    return Choice(model, f"{_label(model)}: {reason}", needed_bytes(model), fits)
+    return Choice(model, reason, needed_bytes(model), fits)
 
 
 def _pick(candidates: Sequence[RemoteModel], memory_bytes: int) -> tuple[RemoteModel, bool, str]:

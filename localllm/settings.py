@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tomlkit
-import tomlkit.exceptions
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from localllm.errors import ConfigError
 from localllm.files import write_atomic
 from localllm.paths import directories
+
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
 
 PREFIX = "LOCALLLM_"
 NOT_SETTINGS = frozenset({"LOCALLLM_HOME", "LOCALLLM_DEBUG"})
@@ -208,15 +209,18 @@ def _text(path: Path) -> str:
         raise ConfigError(f"cannot read {path}: {reason}", hint="correct or remove the file") from error
 
 
-def _document(path: Path) -> tomlkit.TOMLDocument:
+def _document(path: Path) -> TOMLDocument:
+    import tomlkit
+    import tomlkit.exceptions
+
     try:
         return tomlkit.parse(_text(path))
     except tomlkit.exceptions.ParseError as error:
         raise ConfigError(f"{path}: {error}", hint="correct it with: localllm config edit") from error
 
 
-def _write(path: Path, document: tomlkit.TOMLDocument) -> None:
+def _write(path: Path, document: TOMLDocument) -> None:
     try:
-        write_atomic(path, tomlkit.dumps(document).encode())
+        write_atomic(path, document.as_string().encode())
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}", hint="the old file is untouched") from error

@@ -38,6 +38,7 @@ class Ran:
 
 
 Run = Callable[..., Ran]
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
 
 
 class Stdin(io.TextIOWrapper):
@@ -223,7 +224,9 @@ def test_verify_wants_names_or_all(localllm: Run, arguments: list[str]) -> None:
 
 
 def test_alias(localllm: Run) -> None:
-    assert localllm("alias", "big", "llama3.3:70b") == Ran(0, "", "")
+    assert localllm("alias", "tiny", "demo-small") == Ran(0, "", "")
+    note = "note: llama3.3:70b is not on this machine; fetch it with: localllm pull llama3.3:70b\n"
+    assert localllm("alias", "big", "llama3.3:70b") == Ran(0, "", note)
     assert localllm("alias", "tiny", "demo-small", "--json").json == [{"alias": "tiny", "target": "demo-small"}]
     assert localllm("alias").rows == [["ALIAS", "MODEL"], ["big", "llama3.3:70b"], ["tiny", "demo-small"]]
     assert localllm("alias", "big", "--json").json == [{"alias": "big", "target": "llama3.3:70b"}]
@@ -340,6 +343,46 @@ def test_tables_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert lines[-2:] == ["name         a␊b", "longer name  c"]
 
 
+def test_a_narrow_terminal_goes_without_columns_before_a_name_is_folded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(columns: int) -> list[list[str]]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        rows = [("bartowski/Llama-3.3-70B-Instruct-GGUF:Q4_K_M", "42.5 GB", "llama", "70.6B", "", "alias big")]
+        show_table(("NAME", "SIZE", "ARCHITECTURE", "PARAMS", "ADDED", "NOTE"), rows, spare=("ARCHITECTURE", "PARAMS"))
+        return [line.split() for line in re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()]
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert shown(120)[0] == ["NAME", "SIZE", "ARCHITECTURE", "PARAMS", "NOTE"], "an empty column tells nothing"
+    assert shown(80) == [
+        ["NAME", "SIZE", "PARAMS", "NOTE"],
+        ["bartowski/Llama-3.3-70B-Instruct-GGUF:Q4_K_M", "42.5", "GB", "70.6B", "alias", "big"],
+    ]
+    assert shown(70)[0] == ["NAME", "SIZE", "NOTE"]
+
+
+def test_list_says_what_demo_means(localllm: Run) -> None:
+    rows = {row[0]: row for row in localllm("list").rows}
+    assert rows["demo-large"][7] == "alias demo"
+    assert rows["demo-small"][7] == ""
+
+
+def test_a_gone_file_is_not_also_called_changed(localllm: Run, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs" / "m-Q8_0.gguf"
+    theirs.parent.mkdir()
+    theirs.write_bytes(model())
+    name = localllm("adopt", "--all", "--from", theirs.parent).out.strip()
+    localllm("verify", name)
+    theirs.unlink()
+    assert {row[0]: row for row in localllm("list").rows}[name][7] == "the file is gone"
+
+
+def test_adopt_leaves_out_what_is_in_the_models_folder(localllm: Run, home: Path) -> None:
+    put(home, "user/repo/m-Q8_0.gguf", model())
+    assert localllm("adopt", "--all", "--from", home / "models").out == ""
+    assert [row[0] for row in localllm("list").rows[1:]] == ["demo-large", "demo-small", "user/repo:Q8_0"]
+
+
 def test_the_bar_goes_to_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with bytes_bar("hashing", 100) as progress:
         progress(50)
@@ -366,3 +409,11 @@ def test_a_long_list_reads_no_headers_and_loads_nothing_heavy(localllm: Run, hom
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(ran.stdout.splitlines()) == 103
     assert not {"llama_cpp", "huggingface_hub", "numpy", "textual"} & set(ran.stderr.split())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX descriptors")
+@pytest.mark.parametrize("redirection, code", [(">&-", 0), ("<&- >&- 2>&-", 0), pytest.param(">/dev/full", 1, marks=needs_full)])
+def test_a_lost_stdout_is_no_traceback(redirection: str, code: int) -> None:
+    ran = subprocess.run(f"{sys.executable} -m localllm list {redirection}", shell=True, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (code, "")
+    assert ran.stderr == ("error: cannot write the answer: No space left on device\nhint: see where stdout goes\n" if code else "")

@@ -210,3 +210,24 @@ def test_search_shows_sizes_and_what_fits(repo: HubServer) -> None:
     assert hit["repo"] == REPO
     assert {model["quant"]: model["fits"] for model in hit["models"]} == {"Q8_0": True, "Q4_K_M": True}
     assert REPO in localllm("search", "tiny").stdout
+
+
+def test_a_repository_without_a_model_is_named(repo: HubServer, catalog: Catalog) -> None:
+    repo.add_repo("user/words", files={"README.md": b"text"})
+    with pytest.raises(NotFound, match="user/words holds no GGUF model"):
+        find_wanted("user/words", Hub(), catalog, memory_bytes=roomy)
+
+
+def test_a_search_says_which_repository_is_incomplete(repo: HubServer, demo_small: Path) -> None:
+    repo.add_repo("user/halves", files={"m-Q8_0-00001-of-00002.gguf": demo_small})
+    rows = {line.split("\t")[0]: line for line in localllm("search", "halves").stdout.splitlines()}
+    assert "incomplete: parts are missing" in rows["user/halves"]
+
+
+def test_one_failure_does_not_keep_the_others_from_coming(repo: HubServer, demo_small: Path) -> None:
+    repo.add_repo("user/bad", files={"bad-Q8_0.gguf": b"no model"})
+    repo.add_repo("user/good", files={"good-Q8_0.gguf": demo_small})
+    done = localllm("pull", "user/bad", "user/good:Q8_0", "user/good:q8_0")
+    assert done.returncode == 1
+    assert done.stdout == "user/good:Q8_0\n"
+    assert done.stderr.splitlines()[-2].startswith("error: bad-Q8_0.gguf")

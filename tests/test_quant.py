@@ -265,15 +265,14 @@ def test_reasons_hold_the_numbers() -> None:
     def reason(free_gb: float, sizes: dict[str, float] = LLAMA_8B) -> str:
         return choose_quant(repo(sizes), int(free_gb * GB)).reason
 
-    assert reason(10) == "Q4_K_M: the usual balance of size and quality: 4.9 GB and about 1.5 GB to run, of 10.0 GB free"
-    assert reason(64) == ("Q8_0: better than Q4_K_M, and small here: 8.5 GB and about 1.9 GB to run, under half of the 64.0 GB free")
-    assert reason(6) == ("IQ4_XS: Q4_K_M takes 4.9 GB and about 1.5 GB to run, of 6.0 GB free; this one 4.5 GB and about 1.4 GB to run")
+    assert reason(10) == "the usual balance of size and quality: 4.9 GB and about 1.5 GB to run, of 10.0 GB free"
+    assert reason(64) == ("better than Q4_K_M, and small here: 8.5 GB and about 1.9 GB to run, under half of the 64.0 GB free")
+    assert reason(6) == ("Q4_K_M takes 4.9 GB and about 1.5 GB to run, of 6.0 GB free; this one 4.5 GB and about 1.4 GB to run")
     assert reason(4.3).endswith("; so few bits cost much quality, a smaller model may answer better")
     assert reason(2) == (
-        "IQ3_XXS: nothing fits: this one takes 3.3 GB and about 1.3 GB to run, with 2.0 GB free; "
-        "it will be slow or fail, a smaller model is better"
+        "nothing fits: this one takes 3.3 GB and about 1.3 GB to run, with 2.0 GB free; it will be slow or fail, a smaller model is better"
     )
-    assert reason(8, {"Q4_0": 3.2}).startswith("Q4_0: the nearest to Q4_K_M here: 3.2 GB")
+    assert reason(8, {"Q4_0": 3.2}).startswith("the nearest to Q4_K_M here: 3.2 GB")
 
 
 def test_strict_refuses_with_the_numbers() -> None:

@@ -84,6 +84,11 @@ def check(out: Path, sources: Sequence[Source], *, key: Path | None, force: bool
         if reason := form.unsafe(file.target):
             raise UsageError(f"{file.target!r} cannot be carried: it {reason}", hint="import it under another name")
     _check_folder(out, force)
+    if not force and (lost := sorted(_models_on(out) - {source.name for source in sources})):
+        raise UsageError(
+            f"{out} holds a bundle with {', '.join(lost[:4])}, which a new one would drop",
+            hint=f"carry it too (--model {lost[0]}), give another folder, or --force",
+        )
     if key:
         signature_file(b"", key)
 
@@ -118,6 +123,13 @@ def _is_bundle(out: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
         return str(json.loads((out / MANIFEST).read_bytes())["created_by"]).startswith("localllm")
     return False
+
+
+def _models_on(out: Path) -> set[str]:
+    """The names of the models that a finished bundle in `out` holds."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+        return {str(model["name"]) for model in json.loads((out / MANIFEST).read_bytes())["models"]}
+    return set()
 
 
 def _missing_bytes(out: Path, contents: Contents, chunk_bytes: int) -> int:

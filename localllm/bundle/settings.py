@@ -23,6 +23,7 @@ def settings_for(config_file: Path, models: Sequence[str]) -> bytes:
         raise ConfigError(f"cannot read {config_file}: {error}", hint="correct it, or use --no-config") from error
     table = cast(dict[str, Any], document)
     _drop_secrets(table)
+    table.pop("models_dir", None)  # a folder of this machine
     if models and table.get("model") not in models:
         table["model"] = models[0]
     return tomlkit.dumps(document).encode()

@@ -76,7 +76,8 @@ def adopt(
         if not folder.is_dir():
             raise UsageError(f"{folder} is no folder", hint="give the folder to look in")
     library = Library()
-    found = find_others([folder.expanduser() for folder in folders or []])
+    # Where the models folder is another program's, what is in it is in the library.
+    found = [item for item in find_others([folder.expanduser() for folder in folders or []]) if not item.path.is_relative_to(library.root)]
     if names:
         _adopt(library, [choose(found, name) for name in names], as_json=as_json)
         return
@@ -101,7 +102,7 @@ def adopt(
         rows.append(
             (item.found.name, amount(item.found.size_bytes), item.found.app, "; ".join(filter(None, (note, copies))), str(item.found.path))
         )
-    show_table(("NAME", "SIZE", "FROM", "NOTE", "PATH"), rows)
+    show_table(("NAME", "SIZE", "FROM", "NOTE", "PATH"), rows, spare=("PATH",))
     if any(not item.adopted and not item.found.problem for item in seen):
         say("use them with: localllm adopt NAME, or localllm adopt --all")
     if not seen:

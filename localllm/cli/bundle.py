@@ -32,7 +32,9 @@ def create(
     config: Annotated[bool, typer.Option("--config/--no-config", help="Carry the settings, without keys and tokens.")] = True,
     sign: Annotated[Path | None, typer.Option("--sign", metavar="KEYFILE", help="Sign with this private key (bundle keygen).")] = None,
     chunk_size: Annotated[str, typer.Option("--chunk-size", help="Largest file of the bundle, below FAT32's 4 GiB.")] = "2GiB",
-    force: Annotated[bool, typer.Option("--force", help="Write beside other files in the folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write beside other files in the folder, and drop what a bundle there held.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write models, and with --with-runtime localllm itself, into a folder."""
@@ -57,7 +59,7 @@ def create(
     if not str(chunk_bytes).isdigit():
         raise UsageError(f"--chunk-size {chunk_size} is no size", hint="write it as 2GiB or 500MB")
     here = directories()
-    carried = sources(Library(here), model or [])
+    carried = sources(Library(), model or [])
     check(out, carried, key=sign, force=force, chunk_bytes=int(chunk_bytes))
     settings = settings_for(here.config_file, [source.name for source in carried]) if config else None
     with tempfile.TemporaryDirectory(prefix="localllm-bundle-") as folder:
@@ -111,7 +113,7 @@ def install(
     from localllm.paths import directories
 
     here = directories()
-    library = Library(here)
+    library = Library()
     with explained():
         bundle = _open(folder, key)
         target = (venv or bootstrap.default_environment(dict(os.environ))).expanduser().absolute()

@@ -183,7 +183,7 @@ def _line(console: Console, level: Level, text: str, ident: str = "") -> None:
 
 def _spell(console: Console, text: str) -> str:
     """`text` with our own signs as this terminal can show them, and control characters of others (file names, logs) disarmed."""
-    from localllm.cli.output import visible
+    from localllm.cli.visible import visible
 
     text = visible(text)
     return text if _speaks_unicode(console) else text.replace("·", "-").replace("→", "->")

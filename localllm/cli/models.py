@@ -34,7 +34,7 @@ def list_(as_json: Json = False) -> None:
         print(json.dumps([model.to_json() for model in models], indent=2))
         return
     names: dict[str, list[str]] = {}
-    for alias, target in library.aliases().items():
+    for alias, target in {"demo": "demo-large", **library.aliases()}.items():
         names.setdefault(target.casefold(), []).append(alias)
     show_table(
         ("NAME", "SIZE", "QUANT", "PARAMS", "ARCHITECTURE", "FROM", "ADDED", "NOTE"),
@@ -51,6 +51,7 @@ def list_(as_json: Json = False) -> None:
             )
             for model in models
         ],
+        spare=("ARCHITECTURE", "ADDED", "PARAMS", "FROM", "QUANT"),
     )
 
 
@@ -61,8 +62,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Say what a model is and where it lies."""
-    from localllm.cli.output import visible
     from localllm.cli.table import show_pairs
+    from localllm.cli.visible import visible
     from localllm.errors import ModelError, NotFound, UsageError
     from localllm.gguf import read_model
     from localllm.library import Library
@@ -175,7 +176,7 @@ def verify(
     else:
         words = {"ok": "ok", "recorded": "first hash recorded", "mismatch": "MISMATCH", "unreadable": "UNREADABLE"}
         rows = [(one.model, words[one.state], one.sha256 or one.detail, str(one.path)) for one in checked]
-        show_table(("NAME", "RESULT", "SHA256", "PATH"), rows)
+        show_table(("NAME", "RESULT", "SHA256", "PATH"), rows, spare=("PATH", "SHA256"))
     if bad := [one for one in checked if one.state in ("mismatch", "unreadable")]:
         first = bad[0]
         what = f"has changed: its SHA-256 should be {first.expected}" if first.state == "mismatch" else f"cannot be read: {first.detail}"
@@ -203,6 +204,7 @@ def alias(
         library.remove_alias(name)
     elif target:
         library.set_alias(name, target)
+        _warn_if_missing(library, name, target)
     aliases = library.aliases()
     if name and not remove:
         if name not in aliases:
@@ -214,9 +216,20 @@ def alias(
         show_table(("ALIAS", "MODEL"), list(aliases.items()))
 
 
+def _warn_if_missing(library: Library, alias: str, target: str) -> None:
+    """An alias may be made before its model is here; a typing error should not wait until it is used."""
+    from localllm.cli.table import say
+    from localllm.errors import NotFound
+
+    try:
+        _look_up(library, alias)
+    except NotFound as error:
+        say(f"note: {error.message}; {error.hint}")
+
+
 def _notes(model: LocalModel, aliases: list[str]) -> list[str]:
     notes = [model.problem] if model.problem else []
-    if model.changed:
+    if model.changed and not model.problem:
         notes.append("changed since its hash was taken; see localllm verify")
     if model.is_side_file:
         notes.append("goes with a model")
@@ -290,7 +303,8 @@ def _pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("repository", source),
     ]
     for path, sha256 in zip(facts["files"], facts["sha256s"], strict=True):
-        pairs += [("file", path), ("sha256", sha256 or "not known; localllm verify records it")]
+        unknown = "not known" if facts["name"] == facts["path"] else "not known; localllm verify records it"
+        pairs += [("file", path), ("sha256", sha256 or unknown)]
     return pairs
 
 

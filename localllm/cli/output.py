@@ -11,25 +11,13 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from localllm.cli.visible import visible
 from localllm.errors import LocalLLMError
 from localllm.types import Delta, Event, Loading, Prefill, Queued, Timings
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-
-# C0 and DEL as their control pictures, C1, which has none, as U+FFFD; "\r" goes because it would overwrite the line it ends.
-_CONTROLS: dict[int, int | None] = {
-    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
-    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
-    0x7F: 0x2421,
-    ord("\r"): None,
-}
-
-
-def visible(text: str) -> str:
-    """`text` with its control characters shown, not obeyed, so that a model cannot steer the terminal."""
-    return text.translate(_CONTROLS)
 
 
 def statistics(timings: Timings) -> str:

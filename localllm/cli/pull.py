@@ -58,7 +58,7 @@ def pull(
     if not quiet:
         for each in wanted:
             _say(f"{each.label}, {_amount(each.model.size_bytes)}: {each.reason}")
-    results = _fetch(hub, library, wanted, orders, limit_bytes_per_s=settings.limit_rate, parts=parts, quiet=quiet)
+    results, failures = _fetch(hub, library, wanted, orders, limit_bytes_per_s=settings.limit_rate, parts=parts, quiet=quiet)
     if as_json:
         print(json.dumps([{**model.to_json(), **counts} for model, counts in results], indent=2))
     else:
@@ -66,6 +66,10 @@ def pull(
             done = "is here already" if not counts["fetched_bytes"] else f"is here: {_amount(counts['fetched_bytes'])} fetched, verified"
             _say(f"{model.name} {done}; {model.path}")
             print(model.name)
+    for error in failures[1:]:
+        _say(f"error: {error.message}")
+    if failures:
+        raise failures[0]
 
 
 def search(
@@ -90,7 +94,7 @@ def search(
     from localllm.cli.table import show_table
 
     rows = [(hit.repo, f"{hit.downloads:,}", hit.updated[:10], _sizes(models, memory_bytes), _note(hit, models)) for hit, models in found]
-    show_table(("REPOSITORY", "DOWNLOADS", "UPDATED", "SIZES", "NOTE"), rows)
+    show_table(("REPOSITORY", "DOWNLOADS", "UPDATED", "SIZES", "NOTE"), rows, spare=("UPDATED", "DOWNLOADS"))
     if sys.stdout.isatty():
         _say(f"✓ fits into {_amount(memory_bytes)} free; fetch one with: localllm pull {found[0][0].repo}")
 
@@ -104,8 +108,11 @@ def _fetch(
     limit_bytes_per_s: int,
     parts: int,
     quiet: bool,
-) -> list[tuple[LocalModel, dict[str, int]]]:
-    """Fetch all orders, one after the other, and record them; what was interrupted goes on next time."""
+) -> tuple[list[tuple[LocalModel, dict[str, int]]], list[LocalLLMError]]:
+    """Fetch all orders, one after the other, and record them; one that fails does not keep the others from coming.
+
+    What was interrupted goes on next time.
+    """
     from localllm.download import Queue
     from localllm.rate import RateLimit
     from localllm.transfer import Options
@@ -141,16 +148,21 @@ def _fetch(
             on_done=record,
         )
         stack.callback(queue.close)
-        ids = [queue.add(order) for order in orders]
+        # One file may be asked for by two names.
+        ids = list(dict.fromkeys(queue.add(order) for order in orders))
+        failures: list[LocalLLMError] = []
         try:
             for ident in ids:
-                queue.wait(ident)
+                try:
+                    queue.wait(ident)
+                except LocalLLMError as error:
+                    failures.append(error)
         except KeyboardInterrupt:
             queue.close()
             stack.close()
             _say("interrupted: what was fetched is kept, the same command goes on from there")
             raise
-    return [results[ident] for ident in ids]
+    return [results[ident] for ident in ids if ident in results], failures
 
 
 def _bars(orders: Sequence[Order], *, quiet: bool) -> Any:
@@ -248,6 +260,8 @@ def _note(hit: SearchHit, models: Sequence[RemoteModel]) -> str:
         notes.append(f"{len(models)} files in all")
     if not models:
         notes.append("no models listed")
+    elif all(model.missing for model in models):
+        notes.append("incomplete: parts are missing")
     return ", ".join(notes)
 
 

@@ -6,28 +6,47 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator, Sequence
 
-from localllm.cli.output import visible
+from localllm.cli.visible import visible
 
 RIGHT = frozenset({"SIZE", "PARAMS", "CONTEXT", "FREED"})
 """Columns of numbers."""
+FOLDED = frozenset({"NOTE", "PATH", "GOES TO", "SIZES"})
+"""Columns of text that may take several lines."""
+FOLDED_WIDTH = 22
+GAP = 2
 
 
-def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print the rows under their heads on stdout; no cell can steer the terminal or break a line."""
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str] = ()) -> None:
+    """Print the rows under their heads on stdout; no cell can steer the terminal or break a line.
+
+    A pipe gets every column. A terminal gets none that is empty, and where it is too narrow goes without the `spare` ones, in
+    that order, before a name is folded.
+    """
     cells = [[_cell(text) for text in row] for row in rows]
     if not sys.stdout.isatty():
         print("\n".join("\t".join(row) for row in [columns, *cells]))
         return
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
+    console = Console(highlight=False, emoji=False)
+    widths = {name: max(map(cell_len, (name, *(row[i] for row in cells)))) + GAP for i, name in enumerate(columns)}
+    shown = [name for i, name in enumerate(columns) if not cells or any(row[i] for row in cells)]
+
+    def fits() -> bool:
+        return sum(min(widths[name], FOLDED_WIDTH) if name in FOLDED else widths[name] for name in shown) <= console.width
+
+    for name in spare:
+        if name in shown and not fits():
+            shown.remove(name)
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold")
+    for name in shown:
+        table.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold", no_wrap=name not in FOLDED and fits())
     for row in cells:
-        table.add_row(*map(Text, row))
-    Console(highlight=False, emoji=False).print(table)
+        table.add_row(*(Text(text) for name, text in zip(columns, row, strict=True) if name in shown))
+    console.print(table)
 
 
 def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:

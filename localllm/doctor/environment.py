@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
+from localllm.catalog import load_catalog
 from localllm.doctor.finding import Finding
 from localllm.doctor.system import System
 from localllm.errors import ConfigError
@@ -34,6 +35,17 @@ def judge_settings(system: System) -> tuple[Settings, list[Finding]]:
         fix = f"did you mean {PREFIX}{close[0]}?" if close else f"unset {name}; localllm config show lists the settings"
         findings.append(Finding("unknown-variable", "warning", "settings", f"{name} matches no setting", "", fix, {"variable": name}))
     return loaded.settings, findings
+
+
+def judge_catalog(system: System) -> Iterator[Finding]:
+    """Whether the user's own `models.toml` can be used."""
+    file = system.directories.catalog_file
+    try:
+        load_catalog(file)
+    except ConfigError as error:
+        yield Finding(
+            "catalog-broken", "problem", "settings", "the catalogue cannot be used", error.message, error.hint, {"file": str(file)}
+        )
 
 
 def models_folder(system: System, settings: Settings) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from localllm import __version__
 from localllm.doctor.cards import Card, find_cards
 from localllm.doctor.engine import judge_cpu, judge_engine
-from localllm.doctor.environment import judge_permissions, judge_settings, judge_terminal, judge_variables, models_folder
+from localllm.doctor.environment import judge_catalog, judge_permissions, judge_settings, judge_terminal, judge_variables, models_folder
 from localllm.doctor.finding import Finding, worst
 from localllm.doctor.hub import Ask, Reach, judge_reach, reach
 from localllm.doctor.memory import judge_memory
@@ -84,6 +84,7 @@ def examine(
     findings += judge_disks(disks)
     findings += judge_partials(models)
     findings += judge_reach(hub, system.env)
+    findings += judge_catalog(system)
     findings += judge_permissions(system)
     findings += judge_variables(system)
     findings += judge_terminal(system, encoding)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localllm.errors import LocalLLMError, NotFound
+from localllm.errors import LocalLLMError, NotFound, UsageError
 from localllm.gguf import read_model
 from localllm.library.hashing import Progress, sha256_of
 from localllm.library.library import Library, note_of
@@ -87,9 +87,11 @@ def adoptable(library: Library, found: Sequence[Found], progress: Progress | Non
 
 
 def adopt(library: Library, found: Found) -> LocalModel:
-    """Use `found` in place from now on. Raises LocalLLMError for one that has a problem, ModelError for one that is no model."""
+    """Use `found` in place from now on. Raises LocalLLMError for one that cannot be, ModelError for one that is no model."""
     if found.problem:
         raise LocalLLMError(f"{found.name} of {found.app} cannot be adopted: {found.problem}", hint="see to it in that program")
+    if found.path.is_relative_to(library.root):
+        raise UsageError(f"{found.path} is in the models folder", hint="it needs no adopting: localllm list shows it")
     read_model(found.path)
     hashes = {path: sha256 for path, sha256 in zip(found.files, found.sha256s, strict=True) if sha256}
     return library.record(found.path, how=ADOPTED, sha256s=hashes, name=found.name, repo=found.repo, commit=found.commit)

@@ -70,8 +70,12 @@ def usage(library: Library) -> Usage:
 
 
 def prunable(library: Library) -> list[Prunable]:
-    """Remains of downloads that nobody works on, dead links, empty folders, and notes on files that are gone."""
-    files = entries(library.root)
+    """Remains of downloads that nobody works on, dead links, empty folders, and notes on files that are gone.
+
+    Nothing behind a link to another folder: what lies there is not ours to delete.
+    """
+    root = os.path.realpath(library.root)
+    files = [entry for entry in entries(library.root) if Path(os.path.realpath(entry.path.parent)).is_relative_to(root)]
     found: list[Prunable] = []
     for left in remains(files):
         # Without a lock file nobody works on it; and looking must not make one.

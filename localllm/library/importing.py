@@ -40,8 +40,13 @@ def import_file(library: Library, path: Path, how: How = "copy", repo: str = "",
         raise NotFound(f"{path} is no file", hint="give the path of a .gguf file; of a split model, the first part")
     header = read_model(path)
     sources = header.files
-    repo = check_repo(repo or default_repo(sources[0].name))
-    targets = [library.root.joinpath(*safe_parts(repo, _filename(source.name, repo, header))) for source in sources]
+    if repo:
+        check_repo(repo)
+    try:
+        repo = repo or check_repo(default_repo(sources[0].name))
+        targets = [library.root.joinpath(*safe_parts(repo, _filename(source.name, repo, header))) for source in sources]
+    except UsageError as error:
+        raise UsageError(error.message, hint="rename the file, then import it") from error
     for target in targets:
         if target.exists() or target.is_symlink():
             raise UsageError(
@@ -53,6 +58,7 @@ def import_file(library: Library, path: Path, how: How = "copy", repo: str = "",
         check_space(library.root, needed, f"importing {path.name}")
     hashes: dict[Path, str] = {}
     with contextlib.ExitStack() as undo:
+        undo.callback(library.remove_empty_folders, targets[0].parent)
         for source, target in zip(sources, targets, strict=True):
             with _alone(target):
                 if sha256 := _bring(source, target, how, progress):
@@ -156,9 +162,9 @@ def _same_device(source: Path, folder: Path) -> bool:
 @contextlib.contextmanager
 def _alone(target: Path) -> Generator[None]:
     """Keep downloads, imports and `prune` off `target` while the block runs."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f"{target.name}.lock")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
             try:
                 yield
@@ -167,3 +173,5 @@ def _alone(target: Path) -> Generator[None]:
                     lock.unlink(missing_ok=True)
     except Timeout as error:
         raise LocalLLMError(f"another localllm is fetching {target.name}", hint="try again when it is done") from error
+    except OSError as error:
+        raise disk_error(target, error) from error

@@ -7,6 +7,7 @@ re-hash and the aliases. Knows no models, only the notes under their keys.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -106,7 +107,9 @@ class LedgerFile:
                 yield ledger
                 if not readable:
                     # Another version's, or damaged: it may still be of use to somebody.
-                    os.replace(self.path, f"{self.path}.bak")
+                    aside = _free_name(f"{self.path}.bak")
+                    os.replace(self.path, aside)
+                    _log.warning("%s is set aside as %s", self.path, aside)
                 write_atomic(self.path, json.dumps(_encode(ledger), indent=1).encode())
         except Timeout as error:
             raise LocalLLMError(f"{self.path} is locked by another localllm", hint="try again when that one is done") from error
@@ -116,9 +119,10 @@ class LedgerFile:
             ) from error
 
     def remember(self, facts: dict[str, Facts]) -> None:
-        """Keep what headers said, if that is possible now: it is only a cache."""
-        with contextlib.suppress(LocalLLMError), self.edit() as ledger:
-            ledger.facts.update(facts)
+        """Keep what headers said, if that is possible now: it is only a cache, no reason to set aside a ledger that cannot be read."""
+        if self._load()[1]:
+            with contextlib.suppress(LocalLLMError), self.edit() as ledger:
+                ledger.facts.update(facts)
 
     def _load(self) -> tuple[Ledger, bool]:
         """The ledger, and whether the file may be replaced without a loss."""
@@ -133,6 +137,11 @@ class LedgerFile:
             _log.warning("%s is of another version of localllm and is ignored", self.path)
             return Ledger(), False
         return _decode(cast(dict[str, Any], data)), True
+
+
+def _free_name(path: str) -> str:
+    """`path`, or the first of `path.2`, `path.3`, … that nothing has."""
+    return next(name for n in itertools.count(1) if not os.path.lexists(name := path if n == 1 else f"{path}.{n}"))
 
 
 def _encode(ledger: Ledger) -> dict[str, Any]:

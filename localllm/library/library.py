@@ -5,6 +5,8 @@ The files are the truth; the ledger adds what they cannot say. Nothing here touc
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,7 +63,10 @@ class Library:
         """All models, sorted by name. Headers are read only of files that are new or changed; a broken file has its `problem`."""
         ledger = self.ledger_file.read()
         found = [(group, ledger.origins.get(group.key)) for group in groups(entries(self.root))]
-        found += [(group_of(Path(key), key), origin) for key, origin in ledger.origins.items() if origin.how == ADOPTED]
+        # One below the models folder is there already, by whatever way that became so.
+        found += [
+            (group_of(Path(key), key), origin) for key, origin in ledger.origins.items() if origin.how == ADOPTED and self._outside(key)
+        ]
         for name, path in demo_models().items():
             if name != "demo":  # the same file as demo-large
                 found.append((group_of(path, str(path)), Origin(BUILT_IN, "", name=name)))
@@ -106,7 +111,8 @@ class Library:
         with self.ledger_file.edit() as ledger:
             ledger.origins[key] = Origin(how, added, name, repo, revision, commit, catalog_name)
             ledger.files.update(notes)
-        return next(model for model in self.models() if model.key == key)
+        # A folder that is in the library by two names is listed under one of them.
+        return next((model for model in self.models() if model.key == key), None) or self.describe(path)
 
     def remove(self, model: LocalModel) -> Removed:
         """Delete the model's files; an adopted one is forgotten and its files stay. Raises UsageError for a built-in one."""
@@ -175,6 +181,9 @@ class Library:
         """The ledger's key of a file: relative to the models folder, or its absolute path."""
         path = path.absolute()
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+    def _outside(self, key: str) -> bool:
+        return os.path.isabs(key) and not Path(key).is_relative_to(self.root)
 
     def remove_empty_folders(self, folder: Path) -> None:
         """Remove `folder` and those above it, as far as they are empty and below the models folder."""
@@ -268,6 +277,6 @@ def unlink(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise LocalLLMError(
-            f"cannot delete {path}: {error.strerror}", hint="it may be in use: close what uses it, then try again"
-        ) from error
+        refused = error.errno in (errno.EROFS, errno.EPERM, errno.EACCES) and os.name != "nt"
+        hint = "check the folder and its permissions" if refused else "it may be in use: close what uses it, then try again"
+        raise LocalLLMError(f"cannot delete {path}: {error.strerror}", hint=hint) from error

@@ -45,7 +45,9 @@ def matches(models: Sequence[LocalModel], text: str) -> list[LocalModel]:
 
 def _exact(models: Iterable[LocalModel], text: str) -> list[LocalModel]:
     wanted = text.casefold()
-    return [model for model in models if wanted in (model.name.casefold(), model.key.casefold(), str(model.path).casefold())]
+    found = [model for model in models if wanted in (model.name.casefold(), model.key.casefold(), str(model.path).casefold())]
+    # Two files may differ in their capitals alone.
+    return [model for model in found if text in (model.name, model.key, str(model.path))] or found
 
 
 def _in_repo(model: LocalModel, wanted: HubReference) -> bool:
@@ -107,8 +109,10 @@ def _not_found(models: Iterable[LocalModel], text: str, catalog_file: Path, alia
         return NotFound(f"{text} is a directory, not a model", hint=hint)
     if _can_be_pulled(text, catalog_file):
         return NotFound(f"{text} is not on this machine", hint=f"fetch it with: localllm pull {text}")
-    beside = [str(file) for file in path.parent.glob("*.gguf")] if text and os.path.isdir(path.parent) else []
-    close = get_close_matches(text, [*demo_models(), *aliases, *(model.name for model in models), *beside], n=3)
+    beside = [str(file) for file in path.parent.glob("*.gguf") if os.path.isfile(file)] if text and os.path.isdir(path.parent) else []
+    close = get_close_matches(
+        text, [*demo_models(), *aliases, *(model.name for model in models), *_catalog_names(text, catalog_file), *beside]
+    )
     return NotFound(f"no model named {text!r}", hint=f"did you mean: {', '.join(sorted(close))}" if close else _ANYTHING)
 
 
@@ -124,6 +128,13 @@ def _can_be_pulled(text: str, catalog_file: Path) -> bool:
     except NotFound:
         return False
     return True
+
+
+def _catalog_names(text: str, catalog_file: Path) -> set[str]:
+    """What the catalogue calls its models: with tags where `text` has one."""
+    from localllm.catalog import load_catalog
+
+    return {spec.key if ":" in text else spec.name for spec in load_catalog(catalog_file).models}
 
 
 def _parsed(text: str) -> Reference | None:

@@ -14,6 +14,7 @@ from localllm.bundle.machine import this_machine
 from localllm.cli.bundle import app
 from localllm.demo import demo_models
 from localllm.errors import DoesNotFit, LocalLLMError, NotFound, UsageError, VerificationFailed
+from localllm.library.importing import import_file
 from localllm.library.library import Library
 from localllm.paths import directories
 from tests.bundle.sticks import content, edit, flip
@@ -55,6 +56,17 @@ def test_there_and_back(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPa
     assert 'model = "localllm/demo-large:Q8_0"' in directories().config_file.read_text()
     assert Library().find("localllm/demo-small:Q8_0").sha256s[0]
     assert ok("install", tmp_path / "stick").stdout.count("installed ") == 2
+
+
+def test_models_are_taken_from_and_put_into_the_folder_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disks = [tmp_path / "one", tmp_path / "two"]
+    monkeypatch.setenv("LOCALLLM_MODELS_DIR", str(disks[0]))
+    import_file(Library(), demo_models()["demo-small"], repo="a/b")
+    ok("create", tmp_path / "stick", "-m", "a/b")
+    monkeypatch.setenv("LOCALLLM_MODELS_DIR", str(disks[1]))
+    ok("install", tmp_path / "stick")
+    files = [[path.relative_to(disk) for path in disk.rglob("*.gguf")] for disk in disks]
+    assert files[0] == files[1] == [Path("a/b/demo-small-q8_0.gguf")]
 
 
 def test_show(stick: Path) -> None:

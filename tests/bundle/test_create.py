@@ -108,8 +108,13 @@ def test_a_chunk_that_went_bad_is_written_anew(out: Path, tmp_path: Path) -> Non
 def test_another_bundle_in_its_place_leaves_no_old_chunks(out: Path, tmp_path: Path) -> None:
     make(out, source(tmp_path / "a", "one"))
     (out / "weights" / "holiday.jpg").write_bytes(b"mine")
-    manifest = make(out, source(tmp_path / "b", "two"))
+    with pytest.raises(UsageError, match="holds a bundle with .*one") as caught:
+        make(out, source(tmp_path / "b", "two"))
+    assert "--force" in caught.value.hint
+    check_hashes(open_bundle(out))
+    manifest = make(out, source(tmp_path / "b", "two"), force=True)
     assert set(content(out)) == {piece.file for piece in manifest.pieces} | {MANIFEST, "weights/holiday.jpg"}
+    make(out, source(tmp_path / "b", "two"), source(tmp_path / "c", "three", seed=1))
 
 
 def test_a_folder_with_other_things_is_refused(out: Path, tmp_path: Path) -> None:
@@ -218,7 +223,7 @@ def test_settings_travel_without_secrets(tmp_path: Path) -> None:
     assert "sk-x" not in text
     assert "n_ctx = 4096" in text
     assert 'model = "p/r:Q4_0"' in text
-    file.write_text('model = "p/r:Q4_0"\n')
+    file.write_text('model = "p/r:Q4_0"\nmodels_dir = "/home/alice/models"\n')
     assert settings_for(file, ["a/b:Q", "p/r:Q4_0"]).decode() == 'model = "p/r:Q4_0"\n'
     assert settings_for(tmp_path / "none", []) == b""
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from localllm.doctor.environment import judge_permissions, judge_settings, judge_terminal, judge_variables, models_folder, short
+from localllm.doctor.environment import (
+    judge_catalog,
+    judge_permissions,
+    judge_settings,
+    judge_terminal,
+    judge_variables,
+    models_folder,
+    short,
+)
 from localllm.doctor.memory import judge_memory
 from localllm.hardware import Memory
 from localllm.settings import Settings
@@ -34,6 +42,15 @@ def test_broken_settings_are_a_finding_and_the_defaults_hold(machine: Machine) -
     assert (finding.id, finding.level) == ("config-broken", "problem")
     assert "n_seq" in finding.detail
     assert finding.fix
+
+
+def test_a_broken_catalogue_is_a_finding(machine: Machine) -> None:
+    system = machine()
+    assert ids(judge_catalog(system)) == []
+    write(system.directories.config, {"models.toml": '[models."mine:1b"]\nrepo = "nonsense"\n'})
+    (finding,) = judge_catalog(system)
+    assert (finding.id, finding.level) == ("catalog-broken", "problem")
+    assert "models.toml, line 2: repo of mine:1b is 'nonsense'" in finding.detail
 
 
 def test_the_settings_in_force_are_used(machine: Machine) -> None:

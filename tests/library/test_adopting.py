@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from localllm.errors import LocalLLMError, ModelError, NotFound
+from localllm.errors import LocalLLMError, ModelError, NotFound, UsageError
 from localllm.library import Library, resolve_model
 from localllm.library.adopting import adopt, adoptable, candidates, choose, find_others
 from localllm.library.disk import usage
@@ -166,3 +166,21 @@ def test_an_adopted_model_and_one_of_ours_may_share_a_name(library: Library, use
     assert str(theirs) in caught.value.hint
     assert library.find(str(theirs)).how == "adopted"
     assert library.find("u/r/m-Q8_0.gguf").how == "found"
+
+
+def test_what_is_in_the_models_folder_is_not_adopted(library: Library, put: Put) -> None:
+    put("user/repo/m-Q8_0.gguf")
+    [found] = find_others([library.root])
+    with pytest.raises(UsageError, match="is in the models folder"):
+        adopt(library, found)
+    assert library.find("user/repo").how == "found"
+
+
+def test_an_adopted_folder_that_becomes_the_models_folder_is_listed_once(
+    library: Library, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lm_studio(user, "user/repo/m-Q8_0.gguf", model())
+    [found] = find_others()
+    adopt(library, found)
+    monkeypatch.setenv("LOCALLLM_MODELS_DIR", str(user / ".lmstudio" / "models"))
+    assert [each.path for each in Library().models() if each.how != "built-in"] == [path]

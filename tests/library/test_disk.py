@@ -62,6 +62,30 @@ def test_prune_takes_remains_and_leaves_models_and_unknown_files(library: Librar
     assert prunable(library) == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights")
+def test_what_lies_behind_a_link_is_not_pruned(library: Library, put: Put, tmp_path: Path) -> None:
+    put("u/r/m-Q8_0.gguf")
+    theirs = tmp_path / "theirs" / "deep"
+    theirs.mkdir(parents=True)
+    (theirs / "dead").symlink_to("nowhere")
+    (theirs / "x.gguf.part").write_bytes(b"theirs")
+    (library.root / "linked").symlink_to(theirs.parent)
+    assert prunable(library) == []
+    (library.root / "dead").symlink_to("nowhere")
+    assert prunable_names(library) == {("dead link", "dead")}
+    prune(library, prunable(library))
+    assert {path.name for path in theirs.iterdir()} == {"dead", "x.gguf.part"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights")
+def test_a_models_folder_that_is_a_link_is_pruned(library: Library, tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    library.root.parent.mkdir(parents=True, exist_ok=True)
+    library.root.symlink_to(tmp_path / "big")
+    (tmp_path / "big" / "x.gguf.part").write_bytes(b"ours")
+    assert prune(library, prunable(library)) == 4
+
+
 def test_looking_for_remains_leaves_no_traces(library: Library, put: Put) -> None:
     put("u/r/a.gguf.part")
     before = sorted(library.root.rglob("*"))

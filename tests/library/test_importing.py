@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -191,3 +192,29 @@ def test_the_models_folder_itself_may_hold_the_file(library: Library, put: Put) 
 )
 def test_default_names(filename: str, repo: str) -> None:
     assert default_repo(filename) == repo
+
+
+def test_a_models_folder_that_cannot_be_made_is_said_to_be_so(library: Library, source: Path) -> None:
+    library.root.parent.mkdir(parents=True)
+    library.root.write_text("a file")
+    with pytest.raises(UsageError, match="cannot write"):
+        import_file(library, source)
+
+
+def test_a_name_that_no_file_may_have_has_a_next_step(library: Library, source: Path) -> None:
+    for name, why in ((".hidden.gguf", "begins with a dot"), ("con.gguf", "Windows reserves it")):
+        source = source.rename(source.with_name(name))
+        with pytest.raises(UsageError, match=why) as caught:
+            import_file(library, source)
+        assert caught.value.hint == "rename the file, then import it"
+
+
+def test_a_failed_import_leaves_no_folder(library: Library, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("localllm.library.importing._clone", lambda *_: False)
+    monkeypatch.setattr("localllm.library.importing._copy", full)
+    with pytest.raises(DoesNotFit):
+        import_file(library, source)
+    assert not list(library.root.iterdir())

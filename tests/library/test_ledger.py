@@ -57,6 +57,22 @@ def test_an_unreadable_ledger_is_ignored_with_a_warning_and_kept(tmp_path: Path,
     assert (tmp_path / "library.json.bak").read_bytes() == content
 
 
+def test_an_unreadable_ledger_is_not_set_aside_for_a_cache(tmp_path: Path) -> None:
+    path = tmp_path / "library.json"
+    path.write_text('{"schema": 2}')
+    LedgerFile(path).remember({"a": Facts("1:2")})
+    assert path.read_text() == '{"schema": 2}'
+
+
+def test_a_second_unreadable_ledger_does_not_replace_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "library.json"
+    for content in ("{1", "{2", "{3"):
+        path.write_text(content)
+        with LedgerFile(path).edit():
+            pass
+    assert [(tmp_path / f"library.json.bak{n}").read_text() for n in ("", ".2", ".3")] == ["{1", "{2", "{3"]
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: (

@@ -281,3 +281,11 @@ def test_json_keys_are_fixed(library: Library, put: Put) -> None:
         "name path files size_bytes quant architecture n_params n_ctx_train sha256s repo revision commit catalog_name "
         "added how problem changed is_side_file"
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights")
+def test_a_model_in_a_folder_with_two_names_can_be_recorded(library: Library, put: Put) -> None:
+    put("a/r/m-Q8_0.gguf")
+    (library.root / "b").symlink_to(library.root / "a")
+    path = library.root / "b" / "r" / "m-Q8_0.gguf"
+    assert library.record(path, how=IMPORTED).path == path

@@ -99,6 +99,21 @@ def test_a_name_that_means_nothing_here_gets_the_next_step(text: str, hint: str)
     assert hint in caught.value.hint
 
 
+@pytest.mark.parametrize("text, near", [("lama3.3", "llama3.3"), ("lama3.3:70b", "llama3.3:70b")])
+def test_a_mistyped_name_of_the_catalogue_is_recognised(text: str, near: str) -> None:
+    with pytest.raises(NotFound) as caught:
+        one_of(MODELS, text, NOWHERE)
+    assert near in caught.value.hint.removeprefix("did you mean: ").split(", ")
+
+
+def test_names_that_differ_in_capitals_alone_can_be_told_apart() -> None:
+    models = unique_names([local("u/r:Q4_0", "M-Q4_0.gguf"), local("u/r:Q4_0", "m-q4_0.gguf")])
+    for name in ("u/r/M-Q4_0.gguf", "u/r/m-q4_0.gguf"):
+        assert one_of(models, name, NOWHERE).name == name
+    with pytest.raises(NotFound, match="ambiguous"):
+        one_of(models, "u/r/M-q4_0.gguf", NOWHERE)
+
+
 def test_many_candidates_are_cut() -> None:
     many = unique_names([local(f"u/r:Q{n}", f"m{n}.gguf") for n in range(12)])
     with pytest.raises(NotFound, match="it means 12 models") as caught:
