@@ -11,7 +11,7 @@ from typing import Any
 
 from localllm.catalog import Catalog, ModelSpec
 from localllm.demo import demo_models
-from localllm.download import Order, Planned, order_for, planned
+from localllm.download.queue import Order, Planned, order_for, planned
 from localllm.errors import NotFound, UsageError
 from localllm.hub import Hub, Listing
 from localllm.quant import RemoteModel, choose_quant, find_quant, models_in

@@ -288,7 +288,7 @@ async def test_bench_compares_all_arms(demo_small: Path) -> None:
     "arguments, code, said",
     [
         (["--concurrency", "two"], 2, "--concurrency two"),
-        (["--flash-attn", "maybe"], 2, "--flash-attn maybe"),
+        (["--flash-attn", "maybe"], 2, "flash_attn"),
         (["--concurrency", "8", "-b", "4"], 2, "raise -b"),
         (["-n", "1"], 2, "--n-gen"),
         (["-ctk", "f8"], 2, "type_k"),

@@ -16,8 +16,9 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import typer
@@ -30,11 +31,14 @@ from localllm.cli.conversation import Conversation, load_conversation
 from localllm.cli.output import Screen, statistics, visible
 from localllm.engine.config import EngineConfig
 from localllm.errors import ConfigError, ContextExceeded, EngineDied, InvalidRequest, LocalLLMError, NotFound, UsageError
+from localllm.hardware import detect
+from localllm.loading import Loaded, Machine, Planned, make_plan
 from localllm.types import Delta, Done, Event, Failed, Finish, Loading, Message, Prefill, Request, Sampling, Timings, ToolCall, Usage
 
 TIMINGS = Timings(
     cache_n=40, prompt_n=13, prompt_ms=10.8, prompt_per_second=1204.1, predicted_n=38, predicted_per_second=412.34, ttft_ms=21.2
 )
+MACHINE = Machine(detect([]), "")
 LINE = "38 tokens · 412.3 tokens/s · TTFT 21 ms · prompt 53 tokens (40 cached) 1,204 tokens/s"
 DONE = Done(Usage(53, 40, 38), TIMINGS)
 STOPPED = Done(Usage(53, 40, 2), Timings(predicted_n=2, predicted_per_second=100.0))
@@ -104,12 +108,13 @@ class Invocation:
         self.configs: list[EngineConfig] = []
         self.backend = ScriptedBackend()
 
-        async def load(config: EngineConfig, on_event: Callable[[Event], None]) -> ScriptedBackend:
-            self.configs.append(config)
-            on_event(Loading("weights", 0.5))
-            return self.backend
+        async def load(planned: Planned, options: dict[str, Any], screen: Screen) -> Loaded:
+            self.configs.append(planned.plan.engine_config(planned.path, **options))
+            screen.show(Loading("weights", 0.5))
+            return Loaded(cast(Any, self.backend), planned, ())
 
         monkeypatch.setattr(module, "load", load)
+        monkeypatch.setattr("localllm.loading.make_plan", partial(make_plan, dry=False, machine=MACHINE))
 
     def __call__(self, *args: str, stdin: str | bytes = "", script: list[Step] | None = None, deaf: bool = False) -> Any:
         self.backend = ScriptedBackend(answer("Paris", ".") if script is None else script, deaf=deaf)
@@ -342,7 +347,9 @@ def test_a_session_goes_on_where_it_ended(run: Invocation, home: Path) -> None:
 def test_without_a_session_nothing_is_kept(run: Invocation, home: Path) -> None:
     run("demo", "hi")
     assert run.request.session == ""
-    assert not home.exists()
+    # speeds and memory of this machine are, no word of the chat
+    assert {path.name for path in home.rglob("*.json")} <= {"speed.json", "plans.json"}
+    assert not any("hi" in path.read_text() or "Paris" in path.read_text() for path in home.rglob("*.*") if path.is_file())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 9, "system": "", "turns": []}', '{"schema": 1, "turns": [[{"x": 1}]]}'])
@@ -396,7 +403,7 @@ def test_ctrl_c_in_json_gives_the_part_that_is_there(run: Invocation) -> None:
 def test_ctrl_c_while_loading_is_an_interruption(run: Invocation, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
 
-    async def load(config: EngineConfig, on_event: Callable[[Event], None]) -> ScriptedBackend:
+    async def load(planned: Planned, options: dict[str, Any], screen: Screen) -> Loaded:
         try:
             ctrl_c()
             await asyncio.Event().wait()
@@ -835,8 +842,8 @@ def program() -> None:
             self.scripts = [[Delta(0, "once upon"), wait] if endless else answer(text)]
             return super().stream(request)
 
-    async def load(config: EngineConfig, on_event: Callable[[Event], None]) -> ScriptedBackend:
-        return Counting()
+    async def load(planned: Planned, options: dict[str, Any], screen: Screen) -> Loaded:
+        return Loaded(cast(Any, Counting()), planned, ())
 
     module.load = load
     app = typer.Typer(pretty_exceptions_enable=False)

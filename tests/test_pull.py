@@ -199,8 +199,27 @@ def test_ctrl_c_keeps_what_is_there(repo: HubServer, home: Path) -> None:
     assert child.returncode == 130
     assert "goes on from there" in said
     repo.clear_faults()
+    (left,) = json.loads(localllm("downloads", "--json").stdout)
+    assert (left["name"], left["state"]) == (f"{REPO}:Q8_0", "paused")
     again = localllm("pull", f"{REPO}:Q8_0", "--json")
     assert json.loads(again.stdout)[0]["resumed_bytes"] > 0
+    assert json.loads(localllm("downloads", "--json").stdout) == []
+
+
+@pytest.mark.slow
+def test_unfinished_downloads_go_on_or_are_dropped(repo: HubServer, home: Path, demo_large: Path) -> None:
+    folder = home / "models" / "someone" / "Tiny-GGUF"
+    for quant in ("Q8_0", "Q4_K_M"):
+        fault = repo.fault(f"*Tiny-{quant}.gguf", "status", port="hub", code=404)
+        assert localllm("pull", f"{REPO}:{quant}").returncode != 0
+        repo.faults.remove(fault)
+    assert localllm("downloads", "--cancel", "nobody").returncode == 3
+    assert localllm("downloads", "--cancel", f"{REPO}:Q4_K_M").returncode == 0
+    assert f"{REPO}:Q4_K_M" not in localllm("downloads").stdout
+    done = localllm("downloads", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "Tiny-Q8_0.gguf").read_bytes() == demo_large.read_bytes()
+    assert {path.name for path in folder.iterdir()} == {"Tiny-Q8_0.gguf"}
 
 
 def test_search_shows_sizes_and_what_fits(repo: HubServer) -> None:

@@ -24,8 +24,8 @@ from localllm.bundle.sign import signature_file
 from localllm.bundle.sources import Source, SourceFile
 from localllm.bundle.stick import STICK_PACKAGE, Contents, small_files
 from localllm.bundle.verify import BUFFER_BYTES, no_progress
+from localllm.download.partial import check_space, disk_error
 from localllm.errors import UsageError, VerificationFailed
-from localllm.partial import check_space, disk_error
 
 if TYPE_CHECKING:
     from _hashlib import HASH

@@ -19,13 +19,13 @@ from filelock import FileLock, Timeout
 
 from localllm.bundle.manifest import BundledModel, ModelFile, Piece, Refused
 from localllm.bundle.verify import BUFFER_BYTES, Bundle, blocks, hash_problems, no_progress
+from localllm.download.partial import Partial, check_space, disk_error
 from localllm.errors import DoesNotFit, LocalLLMError, NotFound, UsageError, VerificationFailed
 from localllm.files import write_atomic
 from localllm.gguf import read_header
 from localllm.library.hashing import sha256_of
 from localllm.library.library import Library
 from localllm.library.model import IMPORTED, LocalModel
-from localllm.partial import Partial, check_space, disk_error
 from localllm.reference import safe_parts
 
 if TYPE_CHECKING:

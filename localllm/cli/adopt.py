@@ -32,10 +32,10 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Take a model file into the library."""
+    from localllm.amounts import amount
     from localllm.cli.table import bytes_bar, say
     from localllm.library import Library
     from localllm.library.importing import import_file
-    from localllm.partial import amount
 
     ways: tuple[tuple[How, bool], ...] = (("copy", copy), ("move", move), ("link", link), ("symlink", symlink))
     chosen: list[How] = [way for way, given in ways if given]
@@ -86,8 +86,8 @@ def adopt(
         _adopt(library, [item for item in found if item.path not in adopted], as_json=as_json, keep_going=True)
         return
 
+    from localllm.amounts import amount
     from localllm.cli.table import bytes_bar, say, show_table
-    from localllm.partial import amount
 
     unknown = {file for files in candidates(library, found) for file in files}
     with bytes_bar("hashing files of equal size", sum(_size(file) for file in unknown), quiet=quiet) as progress:

@@ -5,6 +5,7 @@ Command modules are light and import what they need inside their functions, so t
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -20,11 +21,14 @@ from localllm.cli.disk import df, prune
 from localllm.cli.doctor import doctor
 from localllm.cli.hardware import hardware
 from localllm.cli.models import alias, list_, rm, show, verify
-from localllm.cli.pull import pull, search
+from localllm.cli.plan import plan
+from localllm.cli.ps import ps
+from localllm.cli.pull import downloads, pull, search
 from localllm.cli.run import run
 from localllm.errors import LocalLLMError
 
 INTERRUPTED = 130
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 app = typer.Typer(
     name="localllm",
@@ -51,6 +55,7 @@ def options(
 app.command(rich_help_panel="Models")(run)
 app.command(rich_help_panel="Models")(bench)
 app.command(rich_help_panel="Models")(pull)
+app.command(rich_help_panel="Models")(downloads)
 app.command(rich_help_panel="Models")(search)
 app.command("list", rich_help_panel="Disk")(list_)
 app.command("ls", hidden=True)(list_)
@@ -63,6 +68,8 @@ app.command(rich_help_panel="Disk")(verify)
 app.command(rich_help_panel="Disk")(df)
 app.command(rich_help_panel="Disk")(prune)
 app.add_typer(bundle.app, name="bundle", rich_help_panel="Disk")
+app.command(rich_help_panel="Machine")(plan)
+app.command(rich_help_panel="Machine")(ps)
 app.command(rich_help_panel="Machine")(hardware)
 app.command(rich_help_panel="Machine")(doctor)
 app.add_typer(config.app, name="config", rich_help_panel="Settings")
@@ -70,6 +77,7 @@ app.add_typer(config.app, name="config", rich_help_panel="Settings")
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A model may write what the terminal's encoding lacks; a question mark is better than a crash.
         with suppress(AttributeError):
@@ -89,15 +97,28 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LOCALLLM_DEBUG"):
             raise
-        what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        _complain(f"unexpected: {what}", "this is a bug; LOCALLLM_DEBUG=1 shows where it happened")
+        if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+            _complain(f"cannot write the answer: {error.strerror}", "see where stdout goes")
+        else:
+            what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            _complain(f"unexpected: {what}", "this is a bug; LOCALLLM_DEBUG=1 shows where it happened")
         code = 1
     _end(code)
 
 
+def _open_closed_streams() -> None:
+    """Give the null device to what was closed (`localllm … >&-`): else the next file opened would be taken for it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for as long as the process lives
+            with suppress(OSError):
+                if getattr(sys, name).fileno() != number:
+                    os.dup2(getattr(sys, name).fileno(), number)
+
+
 def _complain(message: str, hint: str) -> None:
     # A file's name, or a text in one, may hold what steers a terminal.
-    from localllm.cli.output import visible
+    from localllm.cli.visible import visible
 
     message, hint = visible(message), visible(hint)
     with suppress(OSError):

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from localllm.cli.loading_flags import LoadingFlags, given_settings, loading_flags
 from localllm.errors import UsageError
 
 if TYPE_CHECKING:
     from localllm.bench.report import Report
 
 _MODEL = "Model"
-_LOADING = "Loading"
-FLASH = ("auto", "on", "off")
 MAX_STREAMS = 64
+MIN_CELLS = 8192
+"""KV cells where the user names none and the workloads need no more."""
 
 
+@loading_flags
 def bench(
     model: Annotated[str, typer.Argument(help="demo, or the path of a GGUF file.", show_default=False)] = "",
     n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Prompt tokens of each request.", min=1)] = 128,
@@ -49,46 +51,27 @@ def bench(
         ),
     ] = "",
     quant: Annotated[str, typer.Option(metavar="q8_0|q4_k_m", help="Its quantisation.", rich_help_panel=_MODEL)] = "q8_0",
-    ctx_size: Annotated[int | None, typer.Option("--ctx-size", "-c", help="KV cells in all; 0 chooses.", rich_help_panel=_LOADING)] = None,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", help="0 takes the physical cores.", rich_help_panel=_LOADING)] = None,
-    gpu_layers: Annotated[
-        int | None, typer.Option("--n-gpu-layers", "--gpu-layers", "-ngl", help="-1 takes all.", rich_help_panel=_LOADING)
-    ] = None,
-    type_k: Annotated[str | None, typer.Option("--cache-type-k", "-ctk", help="Keys of the KV cache.", rich_help_panel=_LOADING)] = None,
-    type_v: Annotated[str | None, typer.Option("--cache-type-v", "-ctv", help="Values of the KV cache.", rich_help_panel=_LOADING)] = None,
-    flash_attn: Annotated[
-        str | None, typer.Option("--flash-attn", "-fa", metavar="auto|on|off", help="Flash attention.", rich_help_panel=_LOADING)
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch-size", "-b", help="Rows of a batch.", min=1, rich_help_panel=_LOADING)] = 512,
-    ubatch: Annotated[int, typer.Option("--ubatch-size", "-ub", help="Rows computed at once.", min=1, rich_help_panel=_LOADING)] = 512,
+    *,
+    loading: LoadingFlags,
 ) -> None:
     """Measure a model's speed on this machine.
 
     The table, or the JSON, goes to stdout; progress goes to stderr.
     """
     streams = parse_concurrency(concurrency)
-    if flash_attn is not None and flash_attn not in FLASH:
-        raise UsageError(f"--flash-attn {flash_attn} makes no sense", hint=f"use {', '.join(FLASH)}")
-    if max(streams) > batch:
-        raise UsageError(f"{max(streams)} requests at once need a row each in a batch of {batch}", hint="raise -b or lower --concurrency")
+    if loading.batch_size is not None and max(streams) > loading.batch_size:
+        raise UsageError(
+            f"{max(streams)} requests at once need a row each in a batch of {loading.batch_size}", hint="raise -b or lower --concurrency"
+        )
 
     import asyncio
 
     from localllm.bench.plan import TINY_BYTES, make_plan
-    from localllm.engine.config import EngineConfig
     from localllm.library import resolve_model
-    from localllm.settings import load_settings
+    from localllm.settings import load
 
-    flags: dict[str, Any] = {
-        "model": model or None,
-        "n_ctx": ctx_size,
-        "n_gpu_layers": gpu_layers,
-        "n_threads": threads,
-        "type_k": type_k,
-        "type_v": type_v,
-        "flash_attn": flash_attn,
-    }
-    settings = load_settings(flags)
+    chosen = load({"model": model or None, **loading.settings()})
+    settings = chosen.settings
     path = _inflated(settings.model, shape, quant, quiet=quiet) if shape else resolve_model(settings.model)
     plan = make_plan(
         n_prompt=n_prompt,
@@ -99,8 +82,10 @@ def bench(
         shared_prefix=shared_prefix,
         tiny=path.stat().st_size < TINY_BYTES,
     )
-    options: dict[str, Any] = {**settings.engine_options(), "n_seq": plan.streams, "n_batch": batch, "n_ubatch": ubatch}
-    report = asyncio.run(_measure(plan, EngineConfig(model_path=str(path), **options), repeats, quiet=quiet))
+    given = {"n_ctx": max(MIN_CELLS, max(workload.cells for workload in plan.workloads)), **given_settings(chosen)}
+    planned = loading.plan(path, {**given, "n_seq": plan.streams})
+    config = planned.plan.engine_config(path, cache_ram_bytes=settings.cache_ram_bytes, state_disk_bytes=settings.state_disk_bytes)
+    report = asyncio.run(_measure(plan, config, repeats, quiet=quiet))
     if output is not None:
         _write(output, json.dumps(report.to_json(), indent=2) + "\n")
     if as_json:

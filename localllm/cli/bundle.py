@@ -216,7 +216,7 @@ def _report(facts: dict[str, Any], as_json: bool) -> None:
 
         print(json.dumps(facts, indent=2))
         return
-    from localllm.partial import amount
+    from localllm.amounts import amount
 
     print(f"{facts['path']}: {amount(facts['size_bytes'])}, {facts['signature']}, made by {facts['created_by']} on {facts['created']}")
     for model in facts["models"]:

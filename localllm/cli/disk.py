@@ -18,10 +18,10 @@ BAR_WIDTH = 40
 
 def df(as_json: Json = False) -> None:
     """Say how much disk the models take, and how much is left."""
+    from localllm.amounts import amount
     from localllm.cli.table import show_pairs, show_table
     from localllm.library import Library
     from localllm.library.disk import usage
-    from localllm.partial import amount
 
     library = Library()
     used = usage(library)
@@ -70,11 +70,11 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Delete partial downloads that nobody works on, dead links, empty folders and notes on files that are gone."""
+    from localllm.amounts import amount
     from localllm.cli.table import say, show_table
     from localllm.library import Library
     from localllm.library.disk import prunable
     from localllm.library.disk import prune as delete
-    from localllm.partial import amount
 
     library = Library()
     found = prunable(library)

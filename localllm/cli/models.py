@@ -24,9 +24,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 def list_(as_json: Json = False) -> None:
     """List the models on this machine."""
+    from localllm.amounts import amount
     from localllm.cli.table import count, show_table
     from localllm.library import Library
-    from localllm.partial import amount
 
     library = Library()
     models = library.models()
@@ -97,9 +97,9 @@ def show(
 
 def rm(names: Names, yes: Yes = False, as_json: Json = False) -> None:
     """Delete models from disk. An adopted one is only forgotten: its files are another program's."""
+    from localllm.amounts import amount
     from localllm.cli.table import say
     from localllm.library import Library
-    from localllm.partial import amount
 
     library = Library()
     models = list({model.key: model for model in map(library.find, names)}.values())
@@ -278,8 +278,8 @@ def _facts(header: Header | None, spec: ModelSpec | None) -> dict[str, Any]:
 
 
 def _pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from localllm.amounts import amount
     from localllm.cli.table import count
-    from localllm.partial import amount
 
     source = facts["repo"] + (f" at {facts['commit'][:12]}" if facts["commit"] else "")
     pairs: list[tuple[str, str]] = [

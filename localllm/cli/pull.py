@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from localllm.cli.models import Json, Quiet
-from localllm.errors import LocalLLMError
+from localllm.errors import LocalLLMError, NotFound
 
 if TYPE_CHECKING:
-    from localllm.download import Download, Order
+    from localllm.download.queue import Download, Order
+    from localllm.download.transfer import Fetched
     from localllm.hub import Hub, SearchHit
     from localllm.library import Library, LocalModel
     from localllm.pull import Wanted
     from localllm.quant import RemoteModel
-    from localllm.transfer import Fetched
 
+DOWNLOADS = "downloads"
+"""Folder of the state directory with a record of each unfinished download."""
 MAX_QUANTS = 6
 """Sizes that `search` shows of one repository, around the usual one."""
 
@@ -58,7 +60,8 @@ def pull(
     if not quiet:
         for each in wanted:
             _say(f"{each.label}, {_amount(each.model.size_bytes)}: {each.reason}")
-    results, failures = _fetch(hub, library, wanted, orders, limit_bytes_per_s=settings.limit_rate, parts=parts, quiet=quiet)
+    asked = {each.id: one for each, one in zip(orders, wanted, strict=True)}
+    results, failures = _fetch(hub, library, orders, asked, limit_bytes_per_s=settings.limit_rate, parts=parts, quiet=quiet)
     if as_json:
         print(json.dumps([{**model.to_json(), **counts} for model, counts in results], indent=2))
     else:
@@ -70,6 +73,54 @@ def pull(
         _say(f"error: {error.message}")
     if failures:
         raise failures[0]
+
+
+def downloads(
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with all of them.")] = False,
+    cancel: Annotated[
+        list[str] | None, typer.Option("--cancel", metavar="NAME", help="Drop one and what it has fetched; may be repeated.")
+    ] = None,
+    limit_rate: Annotated[
+        str, typer.Option("--limit-rate", metavar="RATE", help="At most this many bytes per second: 500K, 10MB.", show_default=False)
+    ] = "",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """List downloads that were begun and are not done; go on with them, or drop them."""
+    from localllm.cli.table import show_table
+    from localllm.download.queue import Queue
+    from localllm.hub import Hub
+    from localllm.library import Library
+    from localllm.settings import load
+
+    settings = load({"limit_rate": limit_rate or None}).settings
+    hub, library = Hub(offline=settings.offline), Library()
+    queue = Queue(hub, library.directories.state / DOWNLOADS)
+    left = {download.order.name: download for download in queue.downloads()}
+    for name in cancel or ():
+        if name not in left:
+            raise NotFound(f"no download is called {name}", hint=f"there is {', '.join(left)}" if left else "there is none")
+        queue.cancel(left.pop(name).id)
+        _say(f"{name}: dropped")
+    queue.close()
+    if resume and left:
+        orders = [each.order for each in left.values()]
+        results, failures = _fetch(hub, library, orders, {}, limit_bytes_per_s=settings.limit_rate, quiet=quiet)
+        for model, _ in results:
+            _say(f"{model.name} is here: {model.path}")
+        if failures:
+            raise failures[0]
+        left = {}
+    if as_json:
+        print(json.dumps([_download_json(each) for each in left.values()], indent=2))
+    elif not left:
+        _say("no download is unfinished")
+    else:
+        rows = [
+            (name, each.state, _amount(each.done_bytes), _amount(each.order.size_bytes), each.error.message if each.error else "")
+            for name, each in left.items()
+        ]
+        show_table(("NAME", "STATE", "FETCHED", "SIZE", "NOTE"), rows)
 
 
 def search(
@@ -102,34 +153,34 @@ def search(
 def _fetch(
     hub: Hub,
     library: Library,
-    wanted: Sequence[Wanted],
     orders: Sequence[Order],
+    asked: Mapping[str, Wanted],
     *,
     limit_bytes_per_s: int,
-    parts: int,
-    quiet: bool,
+    parts: int = 8,
+    quiet: bool = False,
 ) -> tuple[list[tuple[LocalModel, dict[str, int]]], list[LocalLLMError]]:
     """Fetch all orders, one after the other, and record them; one that fails does not keep the others from coming.
 
-    What was interrupted goes on next time.
+    `asked` says what an order was made for, by its id; an order of an earlier run is made for itself. What was interrupted goes on
+    next time.
     """
-    from localllm.download import Queue
-    from localllm.rate import RateLimit
-    from localllm.transfer import Options
+    from localllm.download.queue import Queue
+    from localllm.download.rate import RateLimit
+    from localllm.download.transfer import Options
 
-    asked = {each.id: one for each, one in zip(orders, wanted, strict=True)}
     results: dict[str, tuple[LocalModel, dict[str, int]]] = {}
 
     def record(order: Order, files: Sequence[Fetched]) -> None:
-        one = asked[order.id]
+        one = asked.get(order.id)
         model = library.record(
             files[0].path,
             how="pulled",
             sha256s={file.path: file.sha256 for file in files if file.sha256},
             repo=order.repo,
-            revision=one.listing.revision,
+            revision=one.listing.revision if one else order.commit,
             commit=order.commit,
-            catalog_name=one.catalog_name,
+            catalog_name=one.catalog_name if one else "",
         )
         counts = {
             "fetched_bytes": sum(file.fetched_bytes for file in files),
@@ -141,7 +192,7 @@ def _fetch(
         show = stack.enter_context(_bars(orders, quiet=quiet))
         queue = Queue(
             hub,
-            library.directories.state / "downloads",
+            library.directories.state / DOWNLOADS,
             options=Options(parts=parts),
             limit=RateLimit(limit_bytes_per_s),
             on_change=show,
@@ -208,13 +259,24 @@ def _bars(orders: Sequence[Order], *, quiet: bool) -> Any:
     return plain() if quiet or not sys.stderr.isatty() else bars()
 
 
+def _download_json(download: Download) -> dict[str, Any]:
+    return {
+        "name": download.order.name,
+        "state": download.state,
+        "done_bytes": download.done_bytes,
+        "size_bytes": download.order.size_bytes,
+        "files": [str(target) for target in download.order.targets],
+        "error": download.error.message if download.error else "",
+    }
+
+
 def _state(download: Download) -> str:
     return "" if download.state == "running" else download.state
 
 
 def _show_plan(wanted: Sequence[Wanted], orders: Sequence[Order], *, as_json: bool) -> None:
     from localllm.cli.table import show_table
-    from localllm.download import planned
+    from localllm.download.queue import planned
 
     if as_json:
         print(json.dumps([each.to_json(order) for each, order in zip(wanted, orders, strict=True)], indent=2))
@@ -299,7 +361,7 @@ def _memory_once() -> Callable[[], int]:
 
 
 def _amount(n_bytes: int) -> str:
-    from localllm.partial import amount
+    from localllm.amounts import amount
 
     return amount(n_bytes)
 

@@ -9,29 +9,30 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from localllm.cli.loading_flags import LoadingFlags, given_settings, loading_flags
 from localllm.errors import UsageError
 
 if TYPE_CHECKING:
     from localllm.cli.answer import Manner
     from localllm.cli.output import Screen
-    from localllm.engine.config import EngineConfig
-    from localllm.types import Backend, Event
+    from localllm.loading import Loaded, Planned
 
 INTERRUPTED = 130
 _SAMPLING = "Sampling"
-_LOADING = "Loading"
 _OUTPUT = "Output"
 
 
+@loading_flags
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="demo, or the path of a GGUF file.", show_default=False)] = "",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="demo, a name from localllm list, or the path of a GGUF file.", show_default=False)
+    ] = "",
     prompt: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROMPT", help="What to ask; piped text comes after it. Without both: a chat.", show_default=False),
@@ -76,19 +77,14 @@ def run(
             rich_help_panel=_SAMPLING,
         ),
     ] = "",
-    ctx_size: Annotated[int | None, typer.Option("--ctx-size", "-c", help="0 chooses from the model.", rich_help_panel=_LOADING)] = None,
-    gpu_layers: Annotated[
-        int | None, typer.Option("--n-gpu-layers", "--gpu-layers", "-ngl", help="-1 takes all.", rich_help_panel=_LOADING)
-    ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", help="0 takes the physical cores.", rich_help_panel=_LOADING)] = None,
-    type_k: Annotated[
-        str | None, typer.Option("--cache-type-k", "-ctk", help="f16, q8_0, …: keys of the KV cache.", rich_help_panel=_LOADING)
-    ] = None,
-    type_v: Annotated[str | None, typer.Option("--cache-type-v", "-ctv", help="Values of the KV cache.", rich_help_panel=_LOADING)] = None,
     show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Show the reasoning.", rich_help_panel=_OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OUTPUT)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no statistics.", rich_help_panel=_OUTPUT)] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The engine's log on stderr.", rich_help_panel=_OUTPUT)] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="The plan and the engine's log on stderr.", rich_help_panel=_OUTPUT)
+    ] = False,
+    *,
+    loading: LoadingFlags,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -99,7 +95,8 @@ def run(
     from localllm.cli.answer import Manner
     from localllm.cli.output import Screen
     from localllm.library import resolve_model
-    from localllm.settings import load_settings
+    from localllm.paths import directories
+    from localllm.settings import load as settings_of
     from localllm.types import Sampling
 
     question = read_question(prompt)
@@ -121,23 +118,23 @@ def run(
         "json_schema": read_schema(json_schema),
     }
     sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
-    flags: dict[str, Any] = {
-        "model": model or None,
-        "n_ctx": ctx_size,
-        "n_gpu_layers": gpu_layers,
-        "n_threads": threads,
-        "type_k": type_k,
-        "type_v": type_v,
-    }
-    settings = load_settings(flags)
-    config = engine_config(resolve_model(settings.model), settings.engine_options(), keep=not raw and (bool(session) or not question))
+    chosen = settings_of({"model": model or None, **loading.settings()})
+    settings = chosen.settings
+    logging.getLogger("localllm").setLevel("DEBUG" if verbose else settings.log_level.upper())
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("localllm").setLevel("DEBUG" if verbose else settings.log_level.upper())
+    # one person asks one thing at a time
+    given = {"n_seq": 1, **given_settings(chosen)}
+    planned = loading.plan(resolve_model(settings.model), given, n_resident=3)
+    keep = not raw and (bool(session) or not question)
+    state_dir = str(directories().kv_states) if keep else ""
+    options = {"cache_ram_bytes": settings.cache_ram_bytes, "state_disk_bytes": settings.state_disk_bytes, "state_dir": state_dir}
     wishes = Wishes(question, Manner(sampling, think, context_shift), system, session, raw, as_json)
     with Screen(answer=not as_json, quiet=quiet, progress=not verbose, show_thinking=show_thinking, color=settings.color) as screen:
         try:
-            code = asyncio.run(_run(settings.model, config, wishes, screen))
+            for line in (*planned.plan.warnings, *(planned.plan.reasons if verbose else ())):
+                screen.note(line)
+            code = asyncio.run(_run(settings.model, planned, options, wishes, screen))
         except KeyboardInterrupt:
             code = INTERRUPTED
     raise typer.Exit(code)
@@ -156,24 +153,25 @@ class Wishes:
     as_json: bool
 
 
-async def load(config: EngineConfig, on_event: Callable[[Event], None]) -> Backend:
+async def load(planned: Planned, options: dict[str, Any], screen: Screen) -> Loaded:
     """Start the worker that runs the model."""
-    from localllm.process import EngineProcess
+    from localllm import loading
 
-    return await EngineProcess.start(config, on_event)
+    return await loading.load(planned, options, on_event=screen.show, on_step=lambda plan: screen.note(plan.reasons[0]))
 
 
-async def _run(model: str, config: EngineConfig, wishes: Wishes, screen: Screen) -> int:
+async def _run(model: str, planned: Planned, options: dict[str, Any], wishes: Wishes, screen: Screen) -> int:
     from localllm.cli.answer import stream_answer
     from localllm.cli.conversation import Conversation, load_conversation
-    from localllm.paths import directories
+    from localllm.loading import remember_speed
 
-    state = directories().state
+    state = planned.state
     # Before the model: a mistake in the name must not cost a load.
     conversation = load_conversation(state / "sessions", wishes.session) if wishes.session else Conversation()
     conversation.system = wishes.system or conversation.system
 
-    backend = await load(config, screen.show)
+    loaded = await load(planned, options, screen)
+    backend = loaded.engine
     screen.clear()
     try:
         if not wishes.question:
@@ -192,12 +190,14 @@ async def _run(model: str, config: EngineConfig, wishes: Wishes, screen: Screen)
         if wishes.as_json:
             print(json.dumps(answer.to_json(model)))
         screen.statistics(answer.timings)
+        if answer.timings:
+            remember_speed(loaded, answer.timings.predicted_per_second, answer.timings.predicted_n)
         if answer.text:
             conversation.add(wishes.question, answer.message())
             conversation.save(state / "sessions")
         return INTERRUPTED if answer.interrupted else 0
     finally:
-        await backend.close()
+        await loaded.close()
 
 
 def read_question(words: list[str] | None) -> str:
@@ -255,13 +255,3 @@ def _read_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read {path}: {why}", hint="check the path") from error
-
-
-def engine_config(path: Path, options: dict[str, Any], *, keep: bool) -> EngineConfig:
-    """How to load the model for one person at a time; `keep` saves the KV state of a named chat on disk."""
-    from localllm.engine.config import EngineConfig
-    from localllm.paths import directories
-
-    state_dir = str(directories().kv_states) if keep else ""
-    options = {**options, "n_seq": 1, "n_resident": 3}
-    return EngineConfig(model_path=str(path), state_dir=state_dir, **options)

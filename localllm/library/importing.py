@@ -13,13 +13,13 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from localllm.download.partial import check_space, disk_error
 from localllm.errors import LocalLLMError, NotFound, UsageError
 from localllm.gguf import Header, read_model
 from localllm.library.hashing import CHUNK_BYTES, Progress
 from localllm.library.library import Library
 from localllm.library.model import IMPORTED, LocalModel
 from localllm.library.scan import PART, stem_of
-from localllm.partial import check_space, disk_error
 from localllm.quant import quant_of
 from localllm.reference import check_repo, safe_parts
 

@@ -98,8 +98,8 @@ def run(command: list[str]) -> str:
 
 def fetch_once(endpoint: str, target: Path) -> dict[str, float]:
     """One download, as `localllm pull` makes it; in a process of its own."""
+    from localllm.download.transfer import fetch
     from localllm.hub import Hub
-    from localllm.transfer import fetch
 
     hub = Hub(env={"HF_ENDPOINT": endpoint})
     listing = hub.listing("user/repo")

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from localllm.amounts import amount
+from localllm.download.partial import Identity, Partial, Record, check_space, disk_error
+from localllm.download.spans import Spans
 from localllm.errors import DoesNotFit, UsageError
-from localllm.partial import Identity, Partial, Record, amount, check_space, disk_error
-from localllm.spans import Spans
 
 IDENTITY = Identity("user/repo", "c" * 40, "m.gguf", 1000, "a" * 64, "a" * 64)
 
@@ -81,8 +82,8 @@ def test_discard_leaves_nothing_not_even_what_a_killed_save_left(partial: Partia
 def test_the_data_is_flushed_before_the_record_is_written(partial: Partial, monkeypatch: pytest.MonkeyPatch) -> None:
     partial.begin(1000)
     order: list[str] = []
-    monkeypatch.setattr("localllm.partial._flush", lambda descriptor: order.append("flush"))
-    monkeypatch.setattr("localllm.partial.write_atomic", lambda path, data: order.append(path.name))
+    monkeypatch.setattr("localllm.download.partial._flush", lambda descriptor: order.append("flush"))
+    monkeypatch.setattr("localllm.download.partial.write_atomic", lambda path, data: order.append(path.name))
     partial.save(Record(IDENTITY, "", Spans([(0, 10)])))
     assert order == ["flush", "m.gguf.part.json"]
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from localllm.spans import Span, Spans
+from localllm.download.spans import Span, Spans
 
 MIB = 1 << 20
 SLOW_S = 1.0

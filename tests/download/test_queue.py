@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from localllm.demo import demo_models
-from localllm.download import Download, Order, Queue, check_disk, order_for, planned
+from localllm.download.partial import Partial
+from localllm.download.queue import Download, Order, Queue, check_disk, order_for, planned
+from localllm.download.rate import RateLimit
+from localllm.download.transfer import Fetched, Options, Stopped
 from localllm.errors import DoesNotFit, LocalLLMError, NetworkError, NotFound, UsageError
 from localllm.hub import Hub, RepoFile
-from localllm.partial import Partial
 from localllm.quant import RemoteModel
-from localllm.rate import RateLimit
-from localllm.transfer import Fetched, Options, Stopped
 from tests.hub_server import HubServer
 
 MIB = 1 << 20
@@ -57,7 +57,7 @@ class Watched(Queue):
 
 @pytest.fixture
 def server(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    monkeypatch.setattr("localllm.parts.SLOW_S", 1000.0)  # on a busy machine any part may look slow
+    monkeypatch.setattr("localllm.download.parts.SLOW_S", 1000.0)  # on a busy machine any part may look slow
     hub.add_repo("user/repo", files=DATA)
     return hub
 

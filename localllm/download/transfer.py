@@ -19,15 +19,16 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from localllm.connection import Connection
-from localllm.digest import Follower, Hashes
-from localllm.errors import LocalLLMError, NetworkError, VerificationFailed
+from localllm.amounts import amount
+from localllm.download.connection import Connection
+from localllm.download.digest import Follower, Hashes
+from localllm.download.partial import Identity, Partial, Record, check_space, disk_error
+from localllm.download.parts import LOOK_S, MIB, Part, Parts
+from localllm.download.rate import SHARED, RateLimit, Speed
+from localllm.download.source import Restart, Retry, Source
+from localllm.download.spans import Spans
+from localllm.errors import LocalLLMError, ModelError, NetworkError, VerificationFailed
 from localllm.files import sync_directory
-from localllm.partial import Identity, Partial, Record, amount, check_space, disk_error
-from localllm.parts import LOOK_S, MIB, Part, Parts
-from localllm.rate import SHARED, RateLimit, Speed
-from localllm.source import Restart, Retry, Source
-from localllm.spans import Spans
 
 if TYPE_CHECKING:
     from localllm.hub import Hub, RepoFile
@@ -241,9 +242,11 @@ def _finish(partial: Partial, target: Path) -> None:
 
         try:
             read_header(partial.data)
-        except LocalLLMError:
+        except LocalLLMError as error:
             partial.discard()
-            raise
+            # the hash was right, so fetching it again would bring the same
+            why = error.message.replace(partial.data.name, target.name)
+            raise ModelError(f"{why}; it came whole, and is removed again", hint="choose another quantisation or repository") from error
     with partial.explained():
         partial.flush()
         os.replace(partial.data, target)

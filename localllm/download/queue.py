@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from localllm.download.partial import Partial, check_space
+from localllm.download.rate import SHARED, RateLimit
+from localllm.download.transfer import Fetched, Options, Progress, State, Stopped, discard, fetch
 from localllm.errors import LocalLLMError, NotFound
 from localllm.files import write_atomic
 from localllm.hub import RepoFile
-from localllm.partial import Partial, check_space
-from localllm.rate import SHARED, RateLimit
 from localllm.reference import safe_parts
-from localllm.transfer import Fetched, Options, Progress, State, Stopped, discard, fetch
 
 if TYPE_CHECKING:
     from localllm.hub import Hub

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from localllm.rate import BURST_S, RateLimit, Speed
+from localllm.download.rate import BURST_S, RateLimit, Speed
 
 
 class Clock:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from localllm import __version__
-from localllm.connection import Answer, Connection, Failures
+from localllm.download.connection import Answer, Connection, Failures
+from localllm.download.partial import Identity
 from localllm.errors import NetworkError, Offline, VerificationFailed
-from localllm.partial import Identity
 
 if TYPE_CHECKING:
     from localllm.hub import Hub, Location

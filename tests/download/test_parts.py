@@ -6,8 +6,8 @@ import threading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localllm.parts import MIB, Part, Parts
-from localllm.spans import Spans
+from localllm.download.parts import MIB, Part, Parts
+from localllm.download.spans import Spans
 
 
 class Clock:

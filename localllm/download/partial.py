@@ -17,9 +17,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from localllm.amounts import amount
+from localllm.download.spans import Spans
 from localllm.errors import DoesNotFit, LocalLLMError, UsageError
 from localllm.files import write_atomic
-from localllm.spans import Spans
 
 FORMAT = 1
 LOOK_S = 0.2
@@ -107,10 +108,11 @@ class Partial:
 
     def begin(self, size_bytes: int) -> None:
         """An empty file of the full size, sparse where the file system can; what was there is dropped. Raises DoesNotFit."""
-        self.discard()
-        self.data.parent.mkdir(parents=True, exist_ok=True)
-        with self.explained(), self.data.open("xb") as file:
-            file.truncate(size_bytes)
+        with self.explained():
+            self.discard()
+            self.data.parent.mkdir(parents=True, exist_ok=True)
+            with self.data.open("xb") as file:
+                file.truncate(size_bytes)
 
     def save(self, record: Record) -> None:
         """Flush the data, then write the record, which must speak of no byte that was written after this call began."""
@@ -160,7 +162,7 @@ def disk_error(path: Path, error: OSError) -> LocalLLMError:
     if error.errno == errno.EFBIG:
         return DoesNotFit(
             f"the file system of {path.parent} does not take a file as large as {path.stem}",
-            hint="FAT32 ends at 4 GB: use another disk",
+            hint="FAT32 ends at 4 GB: use another disk; or a limit is set (ulimit -f)",
         )
     if error.errno in FULL:
         return DoesNotFit(f"the disk of {path.parent} is full; what was fetched is kept", hint="free some space and start again")
@@ -180,11 +182,3 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
             needed_bytes=needed_bytes,
             free_bytes=free,
         )
-
-
-def amount(n_bytes: float) -> str:
-    """`n_bytes` for people, in decimal units as the Hub and disks count."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.1f} {unit}"
-    return f"{int(n_bytes)} B"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from localllm.partial import Identity, disk_error
-from localllm.parts import MIB, Parts
+from localllm.download.partial import Identity, disk_error
+from localllm.download.parts import MIB, Parts
 
 GIT_BYTES = 64 * MIB
 """Files outside LFS are small; for a larger one git's hash is not computed."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from localllm import connection
-from localllm.connection import Answer, Connection, Failures
+from localllm.download import connection
+from localllm.download.connection import Answer, Connection, Failures
 from localllm.errors import ConfigError
 
 BODY = bytes(range(256)) * 4096

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from localllm import transfer
+from localllm.download import transfer
+from localllm.download.partial import Partial
+from localllm.download.rate import RateLimit
+from localllm.download.transfer import Fetched, Options, Progress, Stopped, discard, fetch
 from localllm.errors import DoesNotFit, LocalLLMError, ModelError, NetworkError, NotFound, UsageError, VerificationFailed
 from localllm.hub import Hub, Location, RepoFile
-from localllm.partial import Partial
-from localllm.rate import RateLimit
-from localllm.transfer import Fetched, Options, Progress, Stopped, discard, fetch
 from tests.hub_server import TOKEN, HubServer
 
 MIB = 1 << 20
@@ -36,7 +36,7 @@ FILE = "model.gguf.bin"
 @pytest.fixture
 def server(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     # On a busy machine any part may look slow, and what a thread gives away it may have received already.
-    monkeypatch.setattr("localllm.parts.SLOW_S", 1000.0)
+    monkeypatch.setattr("localllm.download.parts.SLOW_S", 1000.0)
     return hub
 
 
@@ -220,7 +220,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from localllm.hub import Hub
-from localllm.transfer import fetch
+from localllm.download.transfer import fetch
 endpoint, target = sys.argv[1:]
 hub = Hub(env={"HF_ENDPOINT": endpoint})
 listing = hub.listing("user/repo")
@@ -340,7 +340,7 @@ def test_it_survives(case: Case, kind: Any, args: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_one_slow_connection_does_not_hold_up_the_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localllm.parts.SLOW_S", 1.0)
+    monkeypatch.setattr("localllm.download.parts.SLOW_S", 1.0)
     case.server.fault("model.gguf", "slow", per_connection=20_000, times=1)
     before = time.monotonic()
     case.fetch()
