@@ -60,6 +60,8 @@ def wait() -> None:
 class ScriptedBackend:
     """Plays one script a request. It reports on `cancel` as an engine does, unless it is `deaf`."""
 
+    pid = None
+
     def __init__(self, *scripts: list[Step], deaf: bool = False) -> None:
         self.scripts = list(scripts)
         self.requests: list[Request] = []
@@ -348,7 +350,7 @@ def test_without_a_session_nothing_is_kept(run: Invocation, home: Path) -> None:
     run("demo", "hi")
     assert run.request.session == ""
     # speeds and memory of this machine are, no word of the chat
-    assert {path.name for path in home.rglob("*.json")} <= {"speed.json", "plans.json"}
+    assert {path.name for path in home.rglob("*.json")} <= {"speed.json", "plans.json", "dry_runs.json"}
     assert not any("hi" in path.read_text() or "Paris" in path.read_text() for path in home.rglob("*.*") if path.is_file())
 
 

@@ -138,8 +138,8 @@ class LoadingFlags:
         }
         return Wishes(**values)
 
-    def plan(self, path: Path, given: Mapping[str, Any], **fixed: Any) -> Planned:
-        """How to load the model at `path`; `fixed` are fields of Wishes that the command itself decides.
+    def plan(self, path: Path, given: Mapping[str, Any], *, dry: bool = True, **fixed: Any) -> Planned:
+        """How to load the model at `path`, confirmed by a dry run; `fixed` are fields of Wishes that the command itself decides.
 
         Raises what making a plan raises: DoesNotFit before anything is loaded.
         """
@@ -151,7 +151,7 @@ class LoadingFlags:
         from localllm.paths import directories
 
         draft = read_model(resolve_model(self.draft)) if self.draft else None
-        return make_plan(path, replace(self.wishes(given, draft), **fixed), directories().state)
+        return make_plan(path, replace(self.wishes(given, draft), **fixed), directories().state, dry=dry)
 
 
 def given_settings(loaded: Any) -> dict[str, Any]:

@@ -6,8 +6,6 @@ Knows how it looks; what is true, localllm.plan knows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,9 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from localllm.gguf import Header
-    from localllm.hardware import Hardware
     from localllm.plan.bar import PartName
-    from localllm.plan.compute import ComputeModel
     from localllm.plan.loadplan import DevicePlan, LoadPlan
 
 BAR_WIDTH = 44
@@ -52,57 +48,24 @@ def plan(
 
     Exit code 4 when it does not fit.
     """
-    from localllm.cli.hardware import look
-    from localllm.gguf import read_model
     from localllm.library import resolve_model
-    from localllm.paths import directories
-    from localllm.plan import history
-    from localllm.plan.choose import plan_load
     from localllm.settings import load
 
     settings = load({"model": model or None, **loading.settings()})
-    path = resolve_model(settings.settings.model)
-    header = read_model(path)
-    draft = read_model(resolve_model(loading.draft)) if loading.draft else None
-    wishes = loading.wishes(given_settings(settings), draft)
-    hardware = look("missing")
-    known, _ = history.load(directories().state)
-
-    def plan_with(compute: ComputeModel) -> LoadPlan:
-        return plan_load(header, hardware, wishes, history=known, compute=compute)
-
-    found = _confirmed(plan_with, header, hardware, path) if dry_run else plan_load(header, hardware, wishes, history=known)
+    planned = loading.plan(resolve_model(settings.settings.model), given_settings(settings), dry=dry_run)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(planned.plan.to_json(), indent=2))
         return
     from rich.console import Console
 
-    show(header, found, Console(highlight=False, emoji=False, no_color=None if settings.settings.color else True))
-
-
-def _confirmed(plan_with: Callable[[ComputeModel], LoadPlan], header: Header, hardware: Hardware, path: Path) -> LoadPlan:
-    """The plan with llama.cpp's own bytes; where it cannot be asked, with the formulas', and a warning."""
-    from dataclasses import replace
-
-    from localllm.dry import dry_run
-    from localllm.errors import EngineError
-    from localllm.plan.compute import ComputeModel
-    from localllm.plan.confirm import confirm
-    from localllm.plan.footprint import Footprint
-
-    compute = ComputeModel(Footprint(header, hardware.devices, cpu_features=hardware.cpu_features))
-    try:
-        return confirm(plan_with, compute, lambda plan: dry_run(plan.engine_config(path), header).rows)[0]
-    except EngineError as error:
-        plan = plan_with(compute)
-        return replace(plan, warnings=(f"not confirmed: {error.message}", *plan.warnings))
+    show(planned.header, planned.plan, Console(highlight=False, emoji=False, no_color=None if settings.settings.color else True))
 
 
 def show(header: Header, found: LoadPlan, console: Console) -> None:
     """Print the screen; it fits 80 columns."""
     from rich.text import Text
 
-    from localllm.cli.output import visible
+    from localllm.cli.visible import visible
     from localllm.plan.explain import flags
 
     ascii_only = console.options.ascii_only
@@ -114,7 +77,7 @@ def show(header: Header, found: LoadPlan, console: Console) -> None:
             line.rstrip()
             console.print(Text.assemble((f"{mark} " if i == 0 else " " * (len(mark) + 1), "dim"), line))
 
-    console.print(Text.assemble((visible(header.name or "model"), "bold"), f"  {_about(header)}"))
+    console.print(Text.assemble((visible(_name(header)), "bold"), f"  {_about(header)}"))
     console.print()
     for device in found.devices:
         if device.kind == "cpu" or device.planned_bytes:
@@ -144,7 +107,7 @@ def device_lines(device: DevicePlan, width: int, ascii_only: bool) -> list[Text]
     """A device's memory: its bar with the totals, then what the letters mean."""
     from rich.text import Text
 
-    from localllm.cli.output import visible
+    from localllm.cli.visible import visible
     from localllm.plan.bar import segments
     from localllm.plan.explain import size
 
@@ -167,8 +130,12 @@ def device_lines(device: DevicePlan, width: int, ascii_only: bool) -> list[Text]
     return lines
 
 
+def _name(header: Header) -> str:
+    return header.name or (header.files[0].name if header.files else "model")
+
+
 def _about(header: Header) -> str:
-    from localllm.cli.output import visible
+    from localllm.cli.visible import visible
     from localllm.plan.explain import size
 
     parts = [header.architecture, header.quant, size(header.weights_bytes)]

@@ -23,7 +23,7 @@ from localllm.plan.otherwise import alternatives, refusal
 from localllm.plan.question import Found, OtherQuant, Question, find
 from localllm.plan.search import NothingFits
 from localllm.plan.spec import CPU, Wishes
-from localllm.plan.speed import Reads, keys, weight_kind
+from localllm.plan.speed import Reads
 
 NO_HISTORY = History()
 
@@ -76,7 +76,6 @@ def _plan(question: Question, *, others: bool) -> LoadPlan:
         shape=candidate.shape,
         n_seq=choice.n_seq,
         n_resident=choice.n_resident,
-        weight_kind=weight_kind(question.header),
         draft=_draft(question, found),
         devices=situation.devices,
         decode_tps=situation.decode_tps,
@@ -119,7 +118,7 @@ def _devices(question: Question, found: Found) -> tuple[DevicePlan, ...]:
     candidate, fitter = found.candidate, found.fitter
     parts = fitter.parts(candidate.shape)
     drafts = fitter.draft_parts(candidate.draft) if candidate.draft is not None else {}
-    read, names = question.read_bytes(candidate), keys(question.hardware)
+    read = question.read_bytes(candidate)
     layers = {name: end - first for name, first, end in fitter.footprint.placement(candidate.shape).items()}
 
     def plan(budget: Budget) -> DevicePlan:
@@ -141,7 +140,6 @@ def _devices(question: Question, found: Found) -> tuple[DevicePlan, ...]:
             other_bytes=budget.other_bytes,
             n_layers=layers.get(budget.name, 0),
             read_bytes=round(read.get(budget.name, 0)),
-            key=names[budget.name],
         )
 
     return tuple(plan(budget) for budget in fitter.budgets)

@@ -224,7 +224,7 @@ def _context(s: Situation) -> str:
     start = s.ladder.n_ctx[0]
     limit = "" if not trained else " (all that the model was trained for)" if n_ctx >= trained else f" (trained for {trained:,})"
     if s.choice.n_ctx > start:
-        return f"{what}{limit}: grown from {start:,} while at least half of the free memory stays free."
+        return f"{what}{limit}: grown from {start:,} into memory that would lie idle, at least half of which stays free."
     return f"{what}{limit}, by default; -c asks for another."
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from localllm.plan.budget import Kind
-from localllm.plan.history import Residual, Run
 from localllm.plan.spec import Shape
 
 if TYPE_CHECKING:
@@ -52,8 +51,6 @@ class DevicePlan:
     """Layers here, the output counted as one."""
     read_bytes: int = 0
     """Read for each token."""
-    key: str = ""
-    """What measurements of this device belong to, whatever its number today."""
 
     @property
     def planned_bytes(self) -> int:
@@ -147,8 +144,6 @@ class LoadPlan:
     n_seq: int
     """Requests decoded at once."""
     n_resident: int
-    weight_kind: str
-    """Class of the weights' quantisation, for measurements."""
     draft: Draft | None
     devices: tuple[DevicePlan, ...]
     """The accelerators in llama.cpp's order, then the RAM (`CPU`)."""
@@ -203,22 +198,6 @@ class LoadPlan:
         from localllm.engine.config import EngineConfig
 
         return EngineConfig(model_path=str(path), **{**self.engine_options(), **options})
-
-    def run(self, tokens_per_s: float, *, model: str, build: str) -> Run:
-        """A measured speed of this plan, for the history; of one answer alone, without drafting."""
-        read: dict[str, int] = {}
-        for device in self.devices:
-            if device.read_bytes:
-                read[device.key] = read.get(device.key, 0) + device.read_bytes
-        return Run(model, build, self.shape.n_threads, self.weight_kind, read, tokens_per_s)
-
-    def residual(self, device: str, used_bytes: int, *, build: str) -> Residual:
-        """What the load took of `device` beyond the plan, for the history.
-
-        `used_bytes` is by how much the free memory of a card fell, or for `CPU` the worker's anonymous memory.
-        """
-        plan = self.device(device)
-        return Residual(plan.key, build, max(0, used_bytes - plan.anonymous_bytes))
 
     def step_down(self, reason: str) -> LoadPlan | None:
         """The next plan after a load that ran out of memory: it takes clearly less, and says what it gave up for that.

@@ -54,7 +54,7 @@ def refusal(question: Question, least: Candidate) -> DoesNotFit:
     if question.wishes.strict:
         offers.append("without --strict something may be given up for it")
     return DoesNotFit(
-        explain.refusal(least, fitter.budgets, question.header.name),
+        explain.refusal(least, fitter.budgets, _name(question)),
         hint="; ".join(offers),
         missing_bytes=missing,
         needed_bytes=dict(least.need),
@@ -174,6 +174,11 @@ def _most(question: Question, name: str, values: range) -> int | None:
     """The first of falling values of a wish with which the rest fits; None when none does."""
     at = first_true(range(len(values)), lambda i: _find(question.with_wishes(**{name: values[i]})) is not None, default=-1)
     return None if at < 0 else values[at]
+
+
+def _name(question: Question) -> str:
+    header = question.header
+    return header.name or (header.files[0].name if header.files else "")
 
 
 def _whole(question: Question, found: Found) -> Any:

@@ -13,8 +13,10 @@ from localllm.plan.budget import RAM, Budgets
 from localllm.plan.fitter import Candidate, Fitter
 from localllm.plan.ladder import ORDER, Ladder, Rung, larger_contexts
 
-GROWTH = 2
-"""An automatic context may take one part in so many of what would stay free."""
+GROWTH, GROWTH_IN_RAM = 2, 4
+"""An automatic context may take one part in so many of what would stay free; the RAM is other programs', too."""
+CPU_CELLS = 32_768
+"""Without a card an automatic context does not grow beyond this: to read so much would take the processor many minutes."""
 
 
 class NothingFits(Exception):
@@ -26,7 +28,29 @@ class NothingFits(Exception):
 
 
 def search(fitter: Fitter, ladder: Ladder) -> Candidate:
-    """The candidate that gives up least. Raises NothingFits."""
+    """The candidate that gives up least. Raises NothingFits.
+
+    Each type of the cache is searched for itself: a quantised one is smaller, but a card unpacks it into a buffer that can be larger
+    than what was saved on the layers it has.
+    """
+    found: list[dict[Rung, int]] = []
+    nothing: NothingFits | None = None
+    for i, kv in enumerate(ladder.kv):
+        try:
+            found.append({**_descend(fitter, replace(ladder, kv=(kv,))), "kv": i})
+        except NothingFits as none:
+            nothing = none
+        else:
+            if not any(found[-1][rung] for rung in ORDER[ORDER.index("kv") :]):
+                break  # whatever else it gave up is lighter than another type
+    if not found:
+        assert nothing is not None
+        raise nothing
+    return fitter.candidate(ladder.choice(min(found, key=lambda at: [at[rung] for rung in reversed(ORDER)])))
+
+
+def _descend(fitter: Fitter, ladder: Ladder) -> dict[Rung, int]:
+    """How far down each rung has to be gone. Raises NothingFits."""
     at: dict[Rung, int] = {rung: ladder.worst(rung) for rung in ORDER}
     layers: Rung = "n_gpu_layers"
 
@@ -57,11 +81,11 @@ def search(fitter: Fitter, ladder: Ladder) -> Candidate:
             experts = 0
         else:
             at[rung] = first_true(range(at[rung]), lambda i, rung=rung: possible({rung: i}), default=at[rung])
-    return candidate({})
+    return at
 
 
 def grown(fitter: Fitter, ladder: Ladder, candidate: Candidate) -> Candidate:
-    """`candidate` with a larger automatic context, as long as no memory loses more than half of what would stay free.
+    """`candidate` with a larger automatic context, as long as each memory keeps most of what would stay free.
 
     Only where nothing had to be given up, and where all memories are known.
     """
@@ -73,7 +97,9 @@ def grown(fitter: Fitter, ladder: Ladder, candidate: Candidate) -> Candidate:
     for n_ctx in larger_contexts(fitter.footprint.architecture, candidate.choice.n_ctx):
         tried = fitter.candidate(replace(candidate.choice, n_ctx=n_ctx))
         after = free_bytes(fitter.budgets, tried.need)
-        if not tried.fits or after is None or any(after[pool] * GROWTH < left for pool, left in before.items()):
+        if not tried.fits or after is None or (n_ctx > CPU_CELLS and not tried.shape.n_gpu_layers):
+            break
+        if any((left - after[pool]) * (GROWTH_IN_RAM if pool == RAM else GROWTH) > left for pool, left in before.items()):
             break
         best = tried
     return best

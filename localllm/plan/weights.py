@@ -35,7 +35,7 @@ _LAZY_BYTES = 4 << 30
 """llama.cpp reads a per-layer embedding of more than this from the file as it needs it."""
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
-INPUT, SKIPPED = -1, -2
+INPUT, EVERY, SKIPPED = -1, -2, -3
 
 
 def experts_on_cpu(n_layers: int) -> Overrides:
@@ -51,7 +51,7 @@ class _Weight:
 
     name: str
     layer: int
-    """INPUT, a block, or n_layers for the output."""
+    """INPUT, EVERY, a block, or n_layers for the output."""
     sizes: tuple[int, ...]
     """By index of the rules: the host's first."""
     repacked: bool
@@ -67,6 +67,8 @@ class _Sums:
     """The part of the host's sums that is repacked."""
     largest: tuple[int, ...]
     """The largest tensor of all layers before each, on the host."""
+    every: tuple[int, ...]
+    """By rule: what each device with layers has a copy of."""
     inputs: int
     """On the host, whatever the layers do."""
     fixed: Mapping[str, int]
@@ -106,7 +108,7 @@ class Weights:
             running = sums.by_rule[self.rule_of[name]]
             by_device[name] = by_device.get(name, 0) + running[end] - running[first]
             if self._every and self._has_layer(first, end):
-                by_device[name] += sum(weight.sizes[self.rule_of[name]] for weight in self._every)
+                by_device[name] += sums.every[self.rule_of[name]]
         for name, n_bytes in sums.fixed.items():
             by_device[name] = by_device.get(name, 0) + n_bytes
         if self._embedding is not None and (copy := self._copy(placement, overrides)) is not None:
@@ -173,7 +175,7 @@ class Weights:
             return
         sizes = tuple(rule.size(tensor.type, tensor.shape[0] if tensor.shape else 1, tensor.n_bytes) for rule in self.rules)
         weight = _Weight(tensor.name, layer, sizes, repacks(tensor, self.kernels))
-        if tensor.name.startswith(_EVERY_LAYER):
+        if layer == EVERY:
             self._every.append(weight)
             return
         self._weights.append(weight)
@@ -188,7 +190,9 @@ class Weights:
             return layer if layer < self.architecture.n_trunk else SKIPPED
         if name.startswith(_INPUT):
             return INPUT
-        if name.startswith(_EVERY_LAYER) or (name.startswith(_FIRST_LAYER) and self.architecture.name not in _NORM_IS_LAST):
+        if name.startswith(_EVERY_LAYER):
+            return EVERY
+        if name.startswith(_FIRST_LAYER) and self.architecture.name not in _NORM_IS_LAST:
             return 0
         return self.architecture.n_layers
 
@@ -214,8 +218,9 @@ class Weights:
         repacked = [0] * n_places
         fixed: dict[str, int] = {}
         largest = [0] * n_places
+        every = [0] * len(self.rules)
         inputs = fixed_repacked = fixed_largest = 0
-        for weight in self._weights:
+        for weight in (*self._weights, *self._every):
             buffer = moved.get(weight.name)
             if buffer is not None:
                 fixed[buffer] = fixed.get(buffer, 0) + weight.sizes[self.rule_of[buffer]]
@@ -224,6 +229,8 @@ class Weights:
                     fixed_largest = max(fixed_largest, weight.sizes[0])
             elif weight.layer == INPUT:
                 inputs += weight.sizes[0]
+            elif weight.layer == EVERY:
+                every = [had + size for had, size in zip(every, weight.sizes, strict=True)]
             else:
                 for sums, size in zip(by_rule, weight.sizes, strict=True):
                     sums[weight.layer] += size
@@ -234,6 +241,7 @@ class Weights:
             running,
             tuple(accumulate(repacked, initial=0)),
             tuple(accumulate(largest, max, initial=0)),
+            tuple(every),
             inputs,
             fixed,
             fixed_repacked,
@@ -256,7 +264,7 @@ class Weights:
                 search = re.compile(pattern).search
             except re.error as error:
                 raise UsageError(f"the override {pattern} is no regular expression: {error}", hint=r"write one like blk\.1\.=CPU") from None
-            found = self._matches[pattern] = frozenset(weight.name for weight in self._weights if search(weight.name))
+            found = self._matches[pattern] = frozenset(w.name for w in (*self._weights, *self._every) if search(w.name))
         return found
 
     def _copy(self, placement: Placement, overrides: Overrides) -> str | None:

@@ -15,7 +15,7 @@ from localllm.hardware import Hardware
 from localllm.plan.budget import DISPLAY_BYTES, OVERHEAD_BYTES, PROCESS_BYTES, SYSTEM_BYTES
 from localllm.plan.choose import plan_load
 from localllm.plan.compute import ComputeModel
-from localllm.plan.history import History, Residual
+from localllm.plan.history import History, Residual, Run
 from localllm.plan.ladder import FLOOR_CELLS, larger_contexts
 from localllm.plan.loadplan import LoadPlan
 from localllm.plan.question import OtherQuant
@@ -245,6 +245,13 @@ def test_an_automatic_context_grows_into_memory_that_would_lie_idle() -> None:
     assert plan("llama-8b", machine(gpu(total=4 * GIB))).shape.n_ctx >= FLOOR_CELLS
 
 
+def test_a_context_grows_less_into_ram() -> None:
+    assert plan("llama-8b", machine(ram=512 * GIB)).shape.n_ctx == 32_768
+    assert plan("llama-1b", machine(ram=16 * GIB)).shape.n_ctx == 32_768
+    assert plan("llama-8b", machine(ram=16 * GIB)).shape.n_ctx == 16_384
+    assert plan("llama-8b", machine(ram=512 * GIB), n_ctx=131_072).shape.n_ctx == 131_072
+
+
 def test_a_context_grows_in_doublings_up_to_the_trained_length() -> None:
     class Trained:
         n_ctx_train = 40_960
@@ -392,8 +399,9 @@ def test_what_was_measured_makes_the_next_plan_better() -> None:
     hardware = machine(gpu())
     first = plan("llama-8b", hardware)
     assert first.decode_tps is None
-    history = History().with_run(first.run(80.0, model="sha", build="b1"))
-    history = history.with_residual(first.residual("CUDA0", first.device("CUDA0").planned_bytes + 700 * MIB, build="b1"))
+    card = device_key(hardware.devices[0])
+    history = History().with_run(Run("sha", "b1", first.shape.n_threads, "k", {card: first.device("CUDA0").read_bytes}, 80.0))
+    history = history.with_residual(Residual(card, "b1", 700 * MIB))
     second = plan_load(model("llama-8b"), hardware, history=history, model="sha", others=False)
     assert second.device("CUDA0").overhead_bytes == 700 * MIB
     assert second.decode_tps is not None

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from localllm.cli.plan import plan, show
 from localllm.errors import DoesNotFit, EngineError, NotFound
 from localllm.hardware import Hardware
+from localllm.loading import Machine
 from localllm.plan.choose import plan_load
 from localllm.plan.history import History, Run
 from localllm.plan.loadplan import LoadPlan
@@ -30,7 +31,7 @@ app.command()(plan)
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localllm.cli.hardware.look", lambda measure: machine(ram=16 * GIB))
+    monkeypatch.setattr("localllm.loading.look", lambda state, measure: Machine(machine(ram=16 * GIB), "b1"))
 
 
 def typed(*arguments: str) -> Any:
@@ -129,14 +130,14 @@ def test_an_engine_that_cannot_be_asked_is_a_warning(monkeypatch: pytest.MonkeyP
     def dead(*_: object, **__: object) -> None:
         raise EngineError("the dry run does not start")
 
-    monkeypatch.setattr("localllm.dry.dry_run", dead)
+    monkeypatch.setattr("localllm.loading.dry_run", dead)
     data = json.loads(typed("demo", "--json").stdout)
     assert data["warnings"][0] == "not confirmed: the dry run does not start"
     assert not data["confirmed"]
 
 
 def test_what_does_not_fit_ends_with_exit_code_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localllm.cli.hardware.look", lambda measure: machine(ram=600 * MIB))
+    monkeypatch.setattr("localllm.loading.look", lambda state, measure: Machine(machine(ram=600 * MIB), "b1"))
     with pytest.raises(DoesNotFit) as refusal:
         typed("demo", "--no-dry-run")
     assert refusal.value.exit_code == 4

@@ -126,22 +126,27 @@ def test_graphics_without_row_padding_are_counted_on_the_safe_side(tmp_path: Pat
 def test_other_families_keep_their_own_rules(name: str, tmp_path: Path) -> None:
     path = write(other_models.MODELS[name](), tmp_path)
     n = layers(path)
-    every = itertools.product((-1, n - 1, 1, 0), ((1.0, 1.0), (3.0, 1.0)), ((1, 0), (2, 9)), ("f16", "q8_0"), ("on", "off"))
+    every = itertools.product((-1, n - 1, 1, 0), ((1, 0), (2, 9)), ("f16", "q8_0"), ("on", "off"))
     asked: list[Asked] = [
         {
             "n_ctx": 4096,
             "n_gpu_layers": ngl,
-            "tensor_split": split,
+            "tensor_split": (3.0, 2.0),
             "n_seq": n_seq,
             "n_resident": resident,
             "type_k": kind,
             "type_v": kind,
             "flash_attn": flash,
         }
-        for ngl, split, (n_seq, resident), kind, flash in every
+        for ngl, (n_seq, resident), kind, flash in every
     ]
     model, measured = measure(path, asked, TWO)
     assert_exact(model, measured)
+    overrides = ((("rope", "CUDA1"),), ((".*", "CUDA1"),), ((".*", CPU),), (("embd", "CUDA0"), ("norm", CPU)))
+    ours, moved = measure(
+        path, [{"n_ctx": 1024, "tensor_split": (3.0, 2.0), "overrides": each, "flash_attn": "on"} for each in overrides], TWO
+    )
+    assert_exact(ours, moved)
     alone, on_cpu = measure(path, [{"n_ctx": 2000, "n_seq": n_seq, "n_ubatch": 128, "flash_attn": "on"} for n_seq in (1, 4)])
     assert_exact(alone, on_cpu)
 

@@ -104,6 +104,7 @@ def as_fixed(found: LoadPlan, **changes: Any) -> Wishes:
         "n_seq": found.n_seq,
         "n_resident": found.n_resident,
         "n_ubatch": shape.n_ubatch,
+        "swa_full": shape.swa_full,
         "overrides": shape.overrides,
         "n_cpu_moe": 0,
     }
