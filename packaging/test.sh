@@ -18,7 +18,8 @@ check ruff check .
 check ruff format --check .
 check pyright
 check lint-imports
-check pytest "$@"
+# as many processes as cores; a file stays in one of them, for what its tests share
+check pytest -n auto --dist loadfile "$@"
 
 if [ -n "$failed" ]; then
   printf 'failed:%s\n' "$failed" >&2

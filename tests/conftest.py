@@ -12,6 +12,8 @@ import pytest
 from localllm.demo import demo_models
 from tests.hub_server import HubServer
 
+# several test processes share the cores: threads that spin while they wait for each other would starve the rest
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # a test run that was started in the background ignores SIGINT, and all it starts would, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -250,3 +250,18 @@ def test_one_failure_does_not_keep_the_others_from_coming(repo: HubServer, demo_
     assert done.returncode == 1
     assert done.stdout == "user/good:Q8_0\n"
     assert done.stderr.splitlines()[-2].startswith("error: bad-Q8_0.gguf")
+
+
+@pytest.mark.slow
+def test_a_plan_needs_only_the_header(repo: HubServer, home: Path, demo_large: Path) -> None:
+    done = localllm("plan", f"{REPO}:Q8_0", "--json")
+    assert done.returncode == 0, done.stderr
+    remote = json.loads(done.stdout)
+    assert "from its header on the Hub" in done.stderr
+    assert not (home / "models").exists()
+    local = json.loads(localllm("plan", str(demo_large), "--json").stdout)
+    for name in ("weights_bytes", "kv_bytes", "compute_bytes"):
+        assert remote["devices"][-1][name] == local["devices"][-1][name]
+    assert remote["exact"]
+    assert localllm("plan", "no-such-model").returncode == 3
+    assert localllm("plan", "someone/none:Q8_0").returncode == 3

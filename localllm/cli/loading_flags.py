@@ -22,6 +22,7 @@ from localllm.errors import UsageError
 if TYPE_CHECKING:
     from localllm.gguf import Header
     from localllm.loading import Planned
+    from localllm.plan.question import OtherQuant
     from localllm.plan.spec import Wishes
 
 PANEL = "Loading"
@@ -138,8 +139,19 @@ class LoadingFlags:
         }
         return Wishes(**values)
 
-    def plan(self, path: Path, given: Mapping[str, Any], *, dry: bool = True, **fixed: Any) -> Planned:
-        """How to load the model at `path`, confirmed by a dry run; `fixed` are fields of Wishes that the command itself decides.
+    def plan(
+        self,
+        path: Path,
+        given: Mapping[str, Any],
+        *,
+        dry: bool = True,
+        header: Header | None = None,
+        quants: Sequence[OtherQuant] = (),
+        **fixed: Any,
+    ) -> Planned:
+        """How to load the model at `path`, confirmed by a dry run; with its `header`, it need not be here yet.
+
+        `quants` are other files of it, `fixed` fields of Wishes that the command itself decides.
 
         Raises what making a plan raises: DoesNotFit before anything is loaded.
         """
@@ -151,7 +163,8 @@ class LoadingFlags:
         from localllm.paths import directories
 
         draft = read_model(resolve_model(self.draft)) if self.draft else None
-        return make_plan(path, replace(self.wishes(given, draft), **fixed), directories().state, dry=dry)
+        wishes = replace(self.wishes(given, draft), **fixed)
+        return make_plan(path, wishes, directories().state, header=header, quants=quants, dry=dry)
 
 
 def given_settings(loaded: Any) -> dict[str, Any]:

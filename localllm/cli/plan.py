@@ -6,6 +6,8 @@ Knows how it looks; what is true, localllm.plan knows.
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from localllm.gguf import Header
     from localllm.plan.bar import PartName
     from localllm.plan.loadplan import DevicePlan, LoadPlan
+    from localllm.plan.question import OtherQuant
 
 BAR_WIDTH = 44
 NAME_WIDTH = 8
@@ -38,7 +41,7 @@ PARTS: dict[PartName, tuple[str, str, str, str]] = {
 
 @loading_flags
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, as localllm list names it, or a GGUF file.")] = "",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model here, a GGUF file, or a name of the Hub.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Ask llama.cpp itself, in a child process.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     *,
@@ -48,17 +51,56 @@ def plan(
 
     Exit code 4 when it does not fit.
     """
+    from localllm.errors import NotFound
     from localllm.library import resolve_model
     from localllm.settings import load
 
     settings = load({"model": model or None, **loading.settings()})
-    planned = loading.plan(resolve_model(settings.settings.model), given_settings(settings), dry=dry_run)
+    name, given = settings.settings.model, given_settings(settings)
+    try:
+        planned = loading.plan(resolve_model(name), given, dry=dry_run)
+    except NotFound as error:
+        remote = _on_the_hub(name, offline=settings.settings.offline)
+        if remote is None:
+            raise
+        header, quants = remote
+        print(f"{error.message}: planned from its header on the Hub", file=sys.stderr)
+        planned = loading.plan(Path(name), given, dry=dry_run, header=header, quants=quants)
     if as_json:
         print(json.dumps(planned.plan.to_json(), indent=2))
         return
     from rich.console import Console
 
     show(planned.header, planned.plan, Console(highlight=False, emoji=False, no_color=None if settings.settings.color else True))
+
+
+def _on_the_hub(name: str, *, offline: bool) -> tuple[Header, list[OtherQuant]] | None:
+    """The header of a model that is not here, and its other files; None for what is no name of the Hub or the catalogue."""
+    from localllm.catalog import load_catalog
+    from localllm.cli.pull import memory_once
+    from localllm.download.peek import remote_header
+    from localllm.errors import NotFound
+    from localllm.hub import Hub
+    from localllm.library import Library
+    from localllm.plan.question import OtherQuant
+    from localllm.pull import find_wanted
+    from localllm.reference import NameReference, PathReference, parse
+
+    library = Library()
+    catalog = load_catalog(library.directories.catalog_file)
+    reference = parse(library.expand(name))
+    if isinstance(reference, PathReference):
+        return None
+    if isinstance(reference, NameReference):
+        try:
+            catalog.find(reference.name, reference.tag or None)
+        except NotFound:
+            return None
+    hub = Hub(offline=offline)
+    wanted = find_wanted(name, hub, catalog, memory_bytes=memory_once(), expand=library.expand)
+    others = [model for model in wanted.listing.models if model.quant and not model.missing and model != wanted.model]
+    quants = [OtherQuant(model.quant, model.size_bytes, f"{model.repo}:{model.quant}") for model in others]
+    return remote_header(hub, wanted.model), quants
 
 
 def show(header: Header, found: LoadPlan, console: Console) -> None:

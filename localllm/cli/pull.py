@@ -51,7 +51,7 @@ def pull(
     settings = load({"limit_rate": limit_rate or None}).settings
     hub, library = Hub(offline=settings.offline), Library()
     catalog = load_catalog(library.directories.catalog_file)
-    memory = _memory_once()
+    memory = memory_once()
     wanted = [find_wanted(name, hub, catalog, quant=quant, revision=revision, memory_bytes=memory, expand=library.expand) for name in names]
     orders = [order(each, library.root) for each in wanted]
     if dry_run:
@@ -135,7 +135,7 @@ def search(
     hub = Hub(offline=load().settings.offline)
     hits = hub.search(" ".join(words), limit)
     found = _with_models(hub, hits)
-    memory_bytes = _memory_once()() if hits else 0
+    memory_bytes = memory_once()() if hits else 0
     if as_json:
         print(json.dumps([_hit_json(hit, models, memory_bytes) for hit, models in found], indent=2))
         return
@@ -345,7 +345,7 @@ def _hit_json(hit: SearchHit, models: Sequence[RemoteModel], memory_bytes: int) 
     return {**asdict(hit), "models": listed}
 
 
-def _memory_once() -> Callable[[], int]:
+def memory_once() -> Callable[[], int]:
     """A function that asks this machine for the free memory a model may use: of its cards where it has some, else its RAM."""
     from functools import cache
 

@@ -9,6 +9,6 @@ known here.
 from localllm.gguf.header import Array, Header, Scalar, Tensor, Value
 from localllm.gguf.outline import write_outline
 from localllm.gguf.parser import parse_header
-from localllm.gguf.split import read_header, read_model
+from localllm.gguf.split import joined, read_header, read_model
 
-__all__ = ["Array", "Header", "Scalar", "Tensor", "Value", "parse_header", "read_header", "read_model", "write_outline"]
+__all__ = ["Array", "Header", "Scalar", "Tensor", "Value", "joined", "parse_header", "read_header", "read_model", "write_outline"]

@@ -36,7 +36,7 @@ def read_model(path: Path) -> Header:
     if missing:
         more = f" and {len(missing) - 1} more of the {n_parts} parts are" if len(missing) > 1 else f", one of {n_parts} parts, is"
         raise ModelError(f"{_printable(missing[0])}{more} missing in {_printable(str(path.parent))}", hint="pull the model again")
-    return _whole([given if i == index else _read(part, budget) for i, part in enumerate(paths)])
+    return joined([given if i == index else _read(part, budget) for i, part in enumerate(paths)])
 
 
 def _read(path: Path, budget: Budget) -> Header:
@@ -67,8 +67,8 @@ def _parts(path: Path, n_parts: int) -> list[Path]:
     return [path.with_name(f"{match[1]}-{i:05}-of-{n_parts:05}.gguf") for i in range(1, n_parts + 1)]
 
 
-def _whole(parts: list[Header]) -> Header:
-    """The parts as one model, after checking that they belong together."""
+def joined(parts: list[Header]) -> Header:
+    """The headers of all parts, in order and each with its file, as one model; raises ModelError when they do not belong together."""
     first = parts[0]
     tensors: list[Tensor] = []
     for i, part in enumerate(parts):

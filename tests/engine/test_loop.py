@@ -211,10 +211,17 @@ def test_timings_are_finite_even_for_one_token(bench: Bench) -> None:
 
 def test_a_full_queue_refuses_and_goes_on(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(n_running=1, max_queue=1)
-    gate = threading.Event()
+    gate, runs = threading.Event(), threading.Event()
     first = Recorder()
-    first.on_token = lambda n: gate.wait(60) and None
-    bench.loop.submit(bench.job(noise(1, 20), first, max_tokens=1))
+
+    def hold(n: int) -> None:
+        runs.set()
+        gate.wait(60)
+
+    first.on_token = hold
+    # two tokens: it still runs when the others are looked at
+    bench.loop.submit(bench.job(noise(1, 20), first, max_tokens=2))
+    assert runs.wait(60)
     others = [bench.start(noise(20 + i, 20), max_tokens=1) for i in range(4)]
     gate.set()
     errors = [other.wait().error for other in others]

@@ -130,7 +130,7 @@ def test_atheris_finds_nothing(tmp_path: Path) -> None:
         "-atheris_runs=20000",
         "-max_len=4096",
         "-timeout=5",
-        "-rss_limit_mb=600",
+        "-rss_limit_mb=1500",
         "-seed=1",
         str(corpus),
     ]
