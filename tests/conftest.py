@@ -7,11 +7,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from localllm.demo import demo_models
 from tests.hub_server import HubServer
 
+# how long an example takes says how busy the machine is, and nothing else
+hypothesis.settings.register_profile("steady", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("steady")
 # several test processes share the cores: threads that spin while they wait for each other would starve the rest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # a test run that was started in the background ignores SIGINT, and all it starts would, too
